@@ -81,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file not found: {path}; give the path of a YAML file, e.g. configs/detect/digits.yaml")
+        raise ConfigError(f"config file not found: {path}; give a YAML file, e.g. configs/detect/digits.yaml")
     try:
         raw = _Loader.parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

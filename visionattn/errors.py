@@ -8,7 +8,7 @@ class VisionAttnError(Exception):
     """Base of every error meant for a user; the command line prints it and exits with code 2."""
 
 
-class ConfigError(VisionAttnError):
+class ConfigError(VisionAttnError, ValueError):
     """A configuration or an option has an unknown key or an unacceptable value."""
 
 

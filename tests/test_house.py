@@ -1,0 +1,69 @@
+"""The house stands: imports point down, Ultralytics has one room, and importing is silent."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import visionattn
+
+ROOT = Path(visionattn.__file__).parent
+FLOORS = [
+    {"config", "errors"},
+    {"ops"},
+    {"attention"},
+    {"blocks"},
+    {"backbones", "detection", "data"},
+    {"engine", "export", "profiling", "video"},
+    {"cli"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+SHARED = {("engine", "export"), ("video", "export"), ("profiling", "export"), ("config", "errors")}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = room_of(path)
+    if here == "__init__":
+        return
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        there = rest.partition(".")[0]
+        if package == "visionattn" and there != here:
+            assert FLOOR[there] < FLOOR[here] or (here, there) in SHARED, f"{path} imports {name}"
+        if package == "ultralytics":
+            assert here == "detection", f"{path} imports {name}; Ultralytics belongs in detection/"
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in MODULES} - {"__init__"} <= set(FLOOR)
+
+
+def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from visionattn.engine import train\nimport ultralytics.nn\n")
+    assert imports(wrong) == {"visionattn.engine.train", "ultralytics.nn"}
+
+
+def test_importing_is_silent_and_spares_ultralytics() -> None:
+    code = "import sys, visionattn; assert 'ultralytics' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

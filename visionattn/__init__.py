@@ -1,0 +1,12 @@
+"""Linear attention that is practical for vision.
+
+Importing the package registers every attention of :data:`visionattn.attention.ATTENTION` with timm, so that
+``timm.create_model("vit_tiny_patch16_224", attn_layer="ela_hadamard")`` works. Detectors live in
+:mod:`visionattn.detection`, which imports Ultralytics.
+"""
+
+from visionattn import backbones
+from visionattn.attention import ATTENTION
+
+__version__ = "0.1.0"
+__all__ = ["ATTENTION", "__version__", "backbones"]

@@ -1,0 +1,26 @@
+"""YOLO-LAT detectors in Ultralytics' model-yaml system. The only room that imports Ultralytics.
+
+Importing it makes our blocks known to Ultralytics' yaml parser. The import stands in the package itself because a
+checkpoint is a pickle that imports the parents of the modules it names: loading one registers the blocks by itself.
+"""
+
+from visionattn.detection.blocks import LAT
+from visionattn.detection.registration import register
+
+register([LAT])
+
+from visionattn.detection.loading import load_detector  # noqa: E402  (models need registered blocks)
+from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
+from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
+
+__all__ = [
+    "LAT",
+    "MODELS",
+    "YOLOLAT",
+    "build_detector",
+    "check_options",
+    "load_detector",
+    "resolve_model",
+    "train_detector",
+    "yolo_command",
+]

@@ -1,0 +1,56 @@
+"""YOLO-LAT: the model class and its packaged yamls."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ultralytics import YOLO
+
+from visionattn.detection.trainer import LATTrainer
+from visionattn.errors import UnknownNameError, suggest
+
+MODELS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parent / "models").glob("*.yaml"))}
+"""Packaged model yamls by name."""
+
+
+def resolve_model(model: str | Path) -> str:
+    """Return the path of a packaged model (``yolo-lat-n``, with or without ``.yaml``), anything else as it is.
+
+    Raises:
+        UnknownNameError: the name begins like one of ours, but there is neither such a model nor such a file.
+    """
+    name = str(model).removesuffix(".yaml")
+    if name in MODELS:
+        return str(MODELS[name])
+    if name.startswith("yolo-lat") and not Path(model).exists():
+        raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, MODELS)}")
+    return str(model)
+
+
+class YOLOLAT(YOLO):
+    """``ultralytics.YOLO`` that knows our models by name and trains with checkpoints that survive a kill.
+
+    Args:
+        model: a packaged name (``yolo-lat-n``), a model yaml, a ``.pt`` checkpoint or an exported model.
+        task: as in Ultralytics; found out from the model if None.
+        verbose: print the model's summary.
+    """
+
+    def __init__(self, model: str | Path = "yolo-lat-n", task: str | None = None, verbose: bool = False) -> None:
+        super().__init__(resolve_model(model), task=task, verbose=verbose)
+
+    @property
+    def task_map(self) -> dict[str, dict[str, Any]]:
+        """Ultralytics' classes by task, with our trainer for detection."""
+        classes: dict[str, dict[str, Any]] = super().task_map
+        classes["detect"]["trainer"] = LATTrainer
+        return classes
+
+
+def yolo_command(arguments: list[str]) -> None:
+    """Run Ultralytics' ``yolo`` command with our blocks and model names known."""
+    from ultralytics.cfg import entrypoint
+
+    known = [f"model={resolve_model(a[6:])}" if a.startswith("model=") else a for a in arguments]
+    sys.argv = ["yolo", *known]
+    entrypoint()

@@ -1,0 +1,73 @@
+"""Ultralytics' detection trainer with one thing added: a kill leaves whole checkpoints to go on from."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import strip_optimizer
+
+
+class LATTrainer(DetectionTrainer):
+    """Trains as Ultralytics does, and never leaves half a checkpoint under its final name."""
+
+    last: Path
+    best: Path
+
+    def train(self) -> None:
+        """Train, in worker processes if there are several devices."""
+        if self.ddp:
+            self.save_dir = Path(tempfile.mkdtemp())  # Ultralytics removes it before it starts the workers
+        super().train()
+
+    def save_model(self) -> bool:
+        """Save ``last.pt`` and ``best.pt`` under other names, then move them into place."""
+        last, best = self.last, self.best
+        self.last, self.best = _beside(last, "partial"), _beside(best, "partial")
+        try:
+            saved = bool(super().save_model())
+            for partial, final in ((self.last, last), (self.best, best)):
+                if partial.exists():
+                    partial.replace(final)
+        finally:
+            self.last, self.best = last, best
+        return saved
+
+    def final_eval(self) -> None:
+        """Strip and score the checkpoints, keeping copies until that is done."""
+        with _kept(self.last, self.best):
+            super().final_eval()
+
+
+def recover(folder: Path) -> None:
+    """Put back the copies that a training killed in its last moments left in a run's weights ``folder``."""
+    for kept in folder.glob("*.kept.pt"):
+        kept.replace(kept.with_name(kept.name.replace(".kept", "")))
+    for partial in folder.glob("*.partial.pt"):
+        partial.unlink()
+
+
+def strip(checkpoint: Path) -> None:
+    """Reduce a training checkpoint to its weights, atomically."""
+    partial = _beside(checkpoint, "partial")
+    strip_optimizer(checkpoint, str(partial))
+    partial.replace(checkpoint)
+
+
+@contextmanager
+def _kept(*checkpoints: Path) -> Iterator[None]:
+    copies = [(c, _beside(c, "kept")) for c in checkpoints if RANK in {-1, 0} and c.exists()]
+    for checkpoint, copy in copies:
+        partial = _beside(checkpoint, "partial")
+        shutil.copyfile(checkpoint, partial)
+        partial.replace(copy)
+    yield
+    for _, copy in copies:
+        copy.unlink()
+
+
+def _beside(checkpoint: Path, mark: str) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}.{mark}.pt")

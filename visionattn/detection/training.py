@@ -1,0 +1,87 @@
+"""Training a detector in a given folder, from the start or from where a killed run stopped."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import DEFAULT_CFG_KEYS
+
+from visionattn.detection.loading import load_detector, read_checkpoint, restricted
+from visionattn.detection.model import YOLOLAT
+from visionattn.detection.trainer import recover, strip
+from visionattn.errors import ConfigError, VisionAttnError, suggest
+
+_OURS = {"task", "mode", "model", "data", "epochs", "batch", "imgsz", "seed", "device", "workers", "augmentations"}
+_FOLDERS = {"project", "name", "exist_ok", "save_dir", "resume"}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse keys that Ultralytics' trainer does not have, and those that stand elsewhere in our configuration.
+
+    Raises:
+        ConfigError: names the key and the nearest known ones.
+    """
+    known = DEFAULT_CFG_KEYS - _OURS - _FOLDERS
+    for key in options:
+        if key in _OURS | _FOLDERS:
+            raise ConfigError(f"ultralytics.{key}: our tools set it; see the top-level keys of the configuration")
+        if key not in known:
+            raise ConfigError(f"unknown key ultralytics.{key}; {suggest(key, known)}")
+
+
+def build_detector(model: str, trust: bool = False) -> YOLOLAT:
+    """Build an untrained detector from a name or a yaml, or load ``.pt`` weights to start from.
+
+    Raises:
+        ConfigError: no such model, or its yaml is wrong.
+        WeightsError: as :func:`visionattn.detection.load_detector`.
+    """
+    if model.endswith(".pt"):
+        return load_detector(model, trust)
+    try:
+        detector = YOLOLAT(model)
+    except VisionAttnError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model {model!r} cannot be built: {error}; give a packaged name, a model yaml or a .pt file"
+        ) from error
+    if detector.task != "detect":
+        raise ConfigError(f"model {model!r} is for the task {detector.task!r}, expected a detector")
+    return detector
+
+
+def train_detector(detector: YOLOLAT, folder: Path, trust: bool = False, **options: Any) -> Path:
+    """Train ``detector``, or go on with the training that ``folder`` holds; returns the path of the best weights.
+
+    Args:
+        detector: what to train if ``folder`` holds no checkpoint yet.
+        folder: everything is written here; checkpoints in ``folder/weights``.
+        trust: load the checkpoint to go on from as a plain pickle.
+        options: Ultralytics' training arguments.
+    """
+    weights = folder / "weights"
+    recover(weights)
+    last = weights / "last.pt"
+    with restricted(not trust):
+        if not last.exists():
+            detector.train(save_dir=str(folder), **options)
+        elif (done := read_checkpoint(last, trust)["epoch"]) == -1 or done + 1 >= options["epochs"]:
+            for checkpoint in (last, weights / "best.pt"):
+                if read_checkpoint(checkpoint, trust)["epoch"] != -1:
+                    strip(checkpoint)
+        else:
+            _forget_epochs_after(folder / "results.csv", done + 1)
+            resumable = {key: options[key] for key in ("data", "device", "workers") if key in options}
+            YOLOLAT(last).train(resume=True, save_dir=str(folder), **resumable)
+    return weights / "best.pt"
+
+
+def _forget_epochs_after(results: Path, epoch: int) -> None:
+    """Drop the row of an epoch that was logged but whose checkpoint was not yet written: it is trained again."""
+    with results.open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    partial = results.with_name("results.partial.csv")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= epoch)])
+    partial.replace(results)
