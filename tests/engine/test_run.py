@@ -1,0 +1,118 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.conftest import classify_config
+from visionattn.config import load_config
+from visionattn.engine import run as run_module
+from visionattn.engine.run import RunFolder, environment, write_json
+from visionattn.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path):
+    return classify_config(tmp_path / "data", tmp_path / "runs")
+
+
+def test_the_folder_is_output_task_name_and_opening_writes_nothing(config, tmp_path):
+    assert RunFolder.open(config, resume=False).path == tmp_path / "runs/classify/run"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_output_counts_from_here(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        RunFolder.open(config.model_copy(update={"output": Path("here")}), False).path == tmp_path / "here/classify/run"
+    )
+
+
+def test_a_folder_in_use_is_refused_unless_resumed(config):
+    RunFolder.open(config, False).create(config)
+    with pytest.raises(ConfigError, match=r"classify/run is in use; go on with --resume.*--set name="):
+        RunFolder.open(config, resume=False)
+    assert RunFolder.open(config, resume=True).path.is_dir()
+
+
+def test_an_empty_folder_is_no_run(config):
+    RunFolder.open(config, False).path.mkdir(parents=True)
+    RunFolder.open(config, resume=False)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/a"])
+def test_a_name_that_leaves_the_output_is_refused(config, name):
+    with pytest.raises(ConfigError, match="name: got"):
+        RunFolder.open(config.model_copy(update={"name": name}), False)
+
+
+def test_a_file_in_the_way_is_refused(config):
+    path = RunFolder.open(config, False).path
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder.open(config, resume=True)
+
+
+def test_another_configuration_does_not_resume(config):
+    RunFolder.open(config, False).create(config)
+    with pytest.raises(ConfigError, match=r"epochs: was 3, now 5; seed: was 0, now 1"):
+        RunFolder.open(config.model_copy(update={"epochs": 5, "seed": 1}), resume=True)
+
+
+def test_another_machine_resumes(config):
+    RunFolder.open(config, False).create(config)
+    RunFolder.open(config.model_copy(update={"device": "0", "workers": 9}), resume=True)
+
+
+def test_the_written_configuration_is_the_resolved_one(config):
+    run = RunFolder.open(config, False)
+    run.create(config)
+    assert load_config(run.path / "config.yaml") == config
+
+
+def test_environment_tells_what_ran(config):
+    found = environment()
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert "pytest" in found["command"]
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        assert found["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_no_commit_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment()["commit"] is None
+
+
+def test_metrics_mark_the_end(config):
+    run = RunFolder.open(config, False)
+    run.create(config)
+    assert run.metrics is None
+    run.finished({"top1": 0.5})
+    assert RunFolder.open(config, True).metrics == {"top1": 0.5}
+
+
+def test_only_the_first_process_writes(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run = RunFolder.open(config, False)
+    run.create(config)
+    run.finished({})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"old": 1})
+    written = Path.write_text
+
+    def half(path, text, **options):
+        written(path, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        run_module.write_json(file, {"new": 2})
+    assert json.loads(file.read_text()) == {"old": 1}

@@ -1,0 +1,44 @@
+"""Find objects in pictures, a video or a camera's stream, or classify them, and write them with the result drawn in.
+
+python tools/predict.py --weights runs/detect/digits/weights/best.pt --source clip.mp4
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visionattn.cli import run
+from visionattn.export import load_runner
+from visionattn.video import open_source, predict
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    weights: Annotated[Path, typer.Option(help="a .pt detector or a .safetensors classifier")],
+    source: Annotated[str, typer.Option(help="a picture, a folder of pictures, a video or gif, or a camera such as 0")],
+    output: Annotated[Path | None, typer.Option(help="folder to write into; runs/predict/NAME if left out")] = None,
+    show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
+    conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,
+    imgsz: Annotated[
+        int | None, typer.Option(help="side of the network input in pixels; as trained if left out")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, 0, ...; the best there is if left out")] = "",
+    trust_weights: Annotated[
+        bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
+    ] = False,
+) -> None:
+    opened = open_source(source)
+    runner = load_runner(weights, device, imgsz, conf, trust=trust_weights)
+    summary = predict(runner, opened, output or Path("runs/predict") / opened.name, show)
+    found = ", ".join(f"{count} {name}" for name, count in summary.counts.items()) or "nothing"
+    print(f"found {found} in {summary.frames} frames")
+    print(f"{summary.model_ms:.1f} ms a frame in the model, {summary.total_ms:.1f} ms in all, on {runner.device}")
+    print("written: " + ", ".join(str(path) for path in summary.paths[:3]), end="")
+    print(f" and {len(summary.paths) - 3} more" if len(summary.paths) > 3 else "")
+
+
+if __name__ == "__main__":
+    run(app)

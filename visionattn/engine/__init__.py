@@ -1,0 +1,1 @@
+"""Verbs: train and evaluate. A configuration or weights in, results out."""

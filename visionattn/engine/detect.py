@@ -1,0 +1,35 @@
+"""Training a detector from a configuration."""
+
+from typing import Any
+
+from visionattn.engine.evaluate import evaluate
+from visionattn.engine.run import RunFolder
+
+from visionattn.config import DetectConfig
+from visionattn.data import build_augment, check_data, load_detection_data, write_data_yaml
+from visionattn.detection import build_detector, check_options, train_detector
+
+
+def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> dict[str, Any]:
+    """Train as ``config`` says in the folder ``run``; return the COCO metrics of the best weights on the val split.
+
+    Raises:
+        ConfigError: an option or the model is unknown; like the next two, before anything is written.
+        DataError: the data set is missing, incomplete or damaged.
+        WeightsError: the weights to start from cannot be loaded.
+    """
+    check_options(config.ultralytics)
+    augmentations = None if config.augment is None else build_augment(config.augment)
+    data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken)
+    detector = build_detector(config.model, trust)
+    run.create(config)
+    options = {
+        "data": str(write_data_yaml(data, run.path / "data")),
+        "augmentations": augmentations,
+        **config.model_dump(include={"epochs", "batch", "imgsz", "seed", "workers"}),
+        **({"device": config.device} if config.device else {}),
+        **config.ultralytics,
+    }
+    best = train_detector(detector, run.path, trust, **options)
+    report = evaluate(best, options["data"], imgsz=config.imgsz, device=config.device, trust=trust)
+    return report.metrics

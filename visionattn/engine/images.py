@@ -1,0 +1,51 @@
+"""Images of a classification set as a model's inputs."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visionattn.data import load_image
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Inputs (3, H, W) and class indices; the augmentation is a function of seed, epoch and index.
+
+    Args:
+        samples: image paths and class indices.
+        transform: makes an input of a PIL image.
+        augment: comes first.
+        seed: of the augmentation; its other part is the attribute ``epoch``.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[Path, int]],
+        transform: Callable[[Image.Image], Tensor],
+        augment: A.Compose | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.samples, self.transform, self.augment, self.seed = samples, transform, augment, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        image = np.ascontiguousarray(load_image(path)[..., ::-1])
+        if self.augment:
+            seed = seed_of(self.seed, self.epoch, index)
+            self.augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            image = self.augment(image=image)["image"]
+        return self.transform(Image.fromarray(image)), label
+
+
+def seed_of(*key: int) -> int:
+    """Return a seed below 2^31 for a tuple of numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) // 2
