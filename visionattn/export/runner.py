@@ -95,7 +95,7 @@ class ClassifyRunner:
         """Return the probabilities (C,) of each image."""
         if not images:
             return []
-        inputs = torch.stack([self._transform(Image.fromarray(image[..., ::-1])) for image in images])
+        inputs = torch.stack([self._transform(Image.fromarray(image)) for image in images])
         return list(self._model(inputs.to(self.device)).float().softmax(-1).cpu().numpy())
 
 
