@@ -28,7 +28,7 @@ def test_overrides(tmp_path: Path) -> None:
         "epochs=3",
         "timm.model.attn_layer=elu",
         "timm.optimizer.lr=5e-4",
-        "augment=[{HorizontalFlip: {p: 0.5}}]",
+        "augment=[{ToGray: {p: 0.5}}]",
     ]
     config = load_config(write(tmp_path, CLASSIFY), overrides)
     assert isinstance(config, ClassifyConfig)

@@ -45,7 +45,7 @@ def test_a_run_holds_its_receipt_and_its_results(whole):
         "weights/best.safetensors",
         "weights/last.pt",
     ]
-    assert [row["epoch"] for row in rows(whole.folder)] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows(whole.folder)] == ["1", "2", "3"]
     assert json.loads((whole.folder / "metrics.json").read_text()) == whole.metrics
     assert whole.weights == whole.folder / "weights/best.safetensors"
 
@@ -66,7 +66,7 @@ def test_the_metrics_are_those_of_the_saved_weights(whole, class_folders):
     assert whole.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert whole.metrics["top5"] == 1
     best = [float(row["top1"]) for row in rows(whole.folder)]
-    assert whole.metrics["best_epoch"] == int(np.argmax(best))
+    assert whole.metrics["best_epoch"] == int(np.argmax(best)) + 1
     assert whole.metrics["top1"] == pytest.approx(max(best))
 
 
@@ -218,7 +218,7 @@ def test_a_broken_image_is_named_or_left_out(class_folders, tmp_path, caplog):
 
 def test_a_diverged_training_stops(class_folders, tmp_path):
     config = classify_config(class_folders, tmp_path, timm=timm(optimizer={"opt": "sgd", "lr": 1e30})["timm"])
-    with pytest.raises(VisionAttnError, match="diverged in epoch 0"):
+    with pytest.raises(VisionAttnError, match="diverged in epoch 1"):
         train(config)
 
 

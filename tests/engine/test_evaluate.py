@@ -75,7 +75,7 @@ def use(monkeypatch, tmp_path):
     weights.write_bytes(b"weights")
 
     def put(runner):
-        monkeypatch.setattr(module, "load_runner", lambda *_: runner)
+        monkeypatch.setattr(module, "load_runner", lambda *_, **__: runner)
         return weights
 
     return put

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import cv2
@@ -167,3 +168,24 @@ class TestRefusals:
     def test_numbers_out_of_range(self, options):
         with pytest.raises(ConfigError, match=r"expected 0\.\.1"):
             load_runner("any.pt", **options)
+
+
+def test_boxes_do_not_depend_on_the_clock(detector, monkeypatch):
+    """The stock suppression gives up after a time limit and leaves the rest of the batch without boxes."""
+    images = [picture(64, 64), picture(64, 64)]
+    before = load_runner(detector[1], "cpu", SIDE, conf=0.0)(images)
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr("ultralytics.utils.nms.time.time", lambda: next(clock))
+    after = load_runner(detector[1], "cpu", SIDE, conf=0.0)(images)
+    assert all(len(found.scores) for found in before)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+
+
+def test_scoring_gives_a_box_all_its_classes(detector):
+    image = picture(64, 64)
+    best = load_runner(detector[1], "cpu", SIDE, conf=0.0, iou=1.0, max_det=30000)([image])[0]
+    every = load_runner(detector[1], "cpu", SIDE, conf=0.0, iou=1.0, max_det=30000, multi_label=True)([image])[0]
+    classes = len(load_runner(detector[1], "cpu", SIDE).names)
+    assert classes > 1
+    assert len(every.scores) == classes * len(best.scores)

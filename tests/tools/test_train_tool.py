@@ -54,7 +54,7 @@ def test_killed_resumed_and_run_again(config, tmp_path):
 
     resumed = run(tmp_path, "--config", config, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert epochs(folder) == list(range(EPOCHS))
+    assert epochs(folder) == list(range(1, EPOCHS + 1))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert f"run      {folder}\n" in resumed.stdout
     assert f"weights  {folder}/weights/best.safetensors\n" in resumed.stdout
@@ -90,7 +90,7 @@ def test_two_processes(config, tmp_path):
     done = run(tmp_path, "--config", config, "--set", "batch=2", "--set", "epochs=2", launcher=torchrun)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/classify/levels"
-    assert epochs(folder) == [0, 1]
+    assert epochs(folder) == [1, 2]
     assert done.stdout.count("weights  ") == 1, "one process reports"
     right = json.loads((folder / "metrics.json").read_text())["top1"] * 2 * COUNTS["val"]
     assert right == pytest.approx(round(right), abs=1e-4), "each of ten images counts once, in steps of four"

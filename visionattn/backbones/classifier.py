@@ -105,13 +105,12 @@ def save_classifier(
     partial.replace(path)
 
 
-def load_classifier(path: str | Path, device: str = "cpu", trust: bool = False) -> Classifier:
+def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
     """Build the classifier that a file describes and load its weights; no code in the file is run.
 
     Args:
         path: file written by :func:`save_classifier`.
         device: where to put the model, as torch names it.
-        trust: changes nothing here; detectors' files may hold code, these cannot.
 
     Raises:
         WeightsError: the file is missing, damaged, not ours, or does not fit its own description.

@@ -163,6 +163,8 @@ def _class_names(raw: dict[str, Any], file: Path) -> dict[int, str]:
         raise DataError(f"{file}: got class indices {list(names)}, expected 0..{len(names) - 1} without gaps")
     if count is not None and count != len(names):
         raise DataError(f"{file}: nc is {count!r} but there are {len(names)} names; correct one or leave out nc")
+    if len(set(map(str, names.values()))) < len(names):
+        raise DataError(f"{file}: two classes have the same name in {list(names.values())}; give each its own")
     return {index: str(name) for index, name in sorted((int(key), value) for key, value in names.items())}
 
 

@@ -11,12 +11,15 @@ register([LAT])
 
 from visionattn.detection.loading import load_detector  # noqa: E402  (models need registered blocks)
 from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
+from visionattn.detection.predictor import ExactPredictor, ScoringPredictor  # noqa: E402
 from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
 
 __all__ = [
     "LAT",
     "MODELS",
     "YOLOLAT",
+    "ExactPredictor",
+    "ScoringPredictor",
     "build_detector",
     "check_options",
     "load_detector",

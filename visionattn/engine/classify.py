@@ -70,7 +70,7 @@ def train_classify(config: ClassifyConfig, run: RunFolder, trust: bool = False) 
     return {
         **scores,
         "epochs": config.epochs,
-        "best_epoch": training.best,
+        "best_epoch": training.best + 1,
         "seconds": round(sum(row["seconds"] for row in training.history), 1),
     }
 
@@ -125,7 +125,7 @@ class _Training:
 
     @property
     def best(self) -> int:
-        """The epoch of the highest top-1, the first one of equals."""
+        """Index of the epoch of the highest top-1, the first one of equals."""
         return max(range(len(self.history)), key=lambda epoch: self.history[epoch]["top1"])
 
     @property
@@ -152,7 +152,8 @@ class _Training:
             loss = self._train(epoch, bar)
             if not math.isfinite(loss):
                 raise VisionAttnError(
-                    f"training diverged in epoch {epoch}: the loss is {loss}; lower timm.optimizer.lr or warm up longer"
+                    f"training diverged in epoch {epoch + 1}: the loss is {loss}; lower "
+                    "timm.optimizer.lr or warm up longer"
                 )
             scores = self.score(self._evaluated)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{scores['top1']:.3f}")
@@ -160,7 +161,7 @@ class _Training:
             self.scheduler.step(epoch + 1, scores["top1"])
         self.history.append(
             {
-                "epoch": epoch,
+                "epoch": epoch + 1,
                 "train_loss": loss,
                 **{f"val_{name}" if name == "loss" else name: score for name, score in scores.items()},
                 "lr": rate,
@@ -256,7 +257,7 @@ def _accelerator(config: ClassifyConfig) -> Accelerator:
     elif device not in ("", "cpu"):
         raise ConfigError(
             f"device: got {device!r}, expected cpu, the number of one of the {torch.cuda.device_count()} GPUs here, or "
-            "nothing for the best one there is; for two GPUs: torchrun --nproc-per-node 2 tools/train.py, without device"
+            "nothing for the best one there is; for two: torchrun --nproc-per-node 2 tools/train.py, without device"
         )
     loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed)
     try:

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from visionattn.engine.evaluate import evaluate
-from visionattn.engine.run import RunFolder
-
 from visionattn.config import DetectConfig
 from visionattn.data import build_augment, check_data, load_detection_data, write_data_yaml
 from visionattn.detection import build_detector, check_options, train_detector
+from visionattn.engine.evaluate import evaluate
+from visionattn.engine.run import RunFolder
 
 
 def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def evaluate(
     if batch < 1:
         raise ConfigError(f"got batch {batch}, expected 1 or more")
     load_backend(backend)
-    runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust)
+    runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust, multi_label=True)
     with Path(weights).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     common: dict[str, Any] = {

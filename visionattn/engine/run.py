@@ -6,9 +6,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from visionattn.errors import ConfigError
 _MAY_CHANGE = {"device", "workers", "output"}
 """Keys that a resumed run may have changed: they do not change what is computed."""
 
-_PACKAGES = ("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy")
+_PACKAGES = (
+    *("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy"),
+    *("opencv-python", "opencv-python-headless", "pycocotools", "faster-coco-eval"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,18 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
-        "device": ", ".join(gpus) or platform.processor() or platform.machine(),
+        "device": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}",
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _commit() -> str | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from visionattn.backbones.classifier import Classifier, load_classifier
-from visionattn.detection import YOLOLAT, load_detector
+from visionattn.detection import YOLOLAT, ExactPredictor, ScoringPredictor, load_detector
 from visionattn.errors import ConfigError, WeightsError
 
 BGRImage = NDArray[np.uint8]
@@ -62,12 +62,28 @@ class DetectRunner:
 
     task: Literal["detect"] = "detect"
 
-    def __init__(self, model: YOLOLAT, device: str, imgsz: int | None, conf: float, iou: float, max_det: int) -> None:
+    def __init__(
+        self,
+        model: YOLOLAT,
+        device: str,
+        imgsz: int | None,
+        conf: float,
+        iou: float,
+        max_det: int,
+        multi_label: bool,
+    ) -> None:
         self.names: dict[int, str] = dict(model.names)
         self.imgsz = _multiple_of(int(model.model.stride.max()), imgsz or int(model.overrides.get("imgsz", 640)))
         self.device = device
         self._model = model
-        self._options = {"conf": conf, "iou": iou, "max_det": max_det, "rect": False, "verbose": False}
+        self._options = {
+            "conf": conf,
+            "iou": iou,
+            "max_det": max_det,
+            "predictor": ScoringPredictor if multi_label else ExactPredictor,
+            "rect": False,
+            "verbose": False,
+        }
 
     def __call__(self, images: Sequence[BGRImage]) -> list[Detections]:
         """Return the boxes of each image."""
@@ -95,7 +111,7 @@ class ClassifyRunner:
         """Return the probabilities (C,) of each image."""
         if not images:
             return []
-        inputs = torch.stack([self._transform(Image.fromarray(image)) for image in images])
+        inputs = torch.stack([self._transform(Image.fromarray(image[..., ::-1])) for image in images])
         return list(self._model(inputs.to(self.device)).float().softmax(-1).cpu().numpy())
 
 
@@ -107,6 +123,7 @@ def load_runner(
     iou: float = 0.7,
     max_det: int = 300,
     trust: bool = False,
+    multi_label: bool = False,
 ) -> Runner:
     """Load weights by their suffix: ``.pt`` is a detector, ``.safetensors`` a classifier.
 
@@ -119,6 +136,7 @@ def load_runner(
         iou: boxes of a class that overlap a better one by more are left out.
         max_det: most boxes of an image.
         trust: load a detector's checkpoint as a plain pickle, which may run any code.
+        multi_label: a box may have several classes; for scoring.
 
     Raises:
         WeightsError: the file is missing, of another kind, damaged, or unsafe to load.
@@ -137,8 +155,8 @@ def load_runner(
     if not weights.is_file():
         raise WeightsError(f"weights not found: {weights}; give a file that training wrote, e.g. weights/best.pt")
     if weights.suffix == ".pt":
-        return DetectRunner(load_detector(weights, trust), place, imgsz, conf, iou, max_det)
-    runner = ClassifyRunner(load_classifier(weights, place, trust), place)
+        return DetectRunner(load_detector(weights, trust), place, imgsz, conf, iou, max_det, multi_label)
+    runner = ClassifyRunner(load_classifier(weights, place), place)
     if imgsz not in (None, runner.imgsz):
         raise ConfigError(
             f"{weights}: got imgsz {imgsz}, but this classifier runs at {runner.imgsz} only; leave it out"
