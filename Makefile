@@ -19,6 +19,8 @@ quickstart: install
 	$(BIN)/python tools/train.py --config configs/detect/digits.yaml --resume
 	$(BIN)/python tools/evaluate.py --weights runs/classify/digits/weights/best.safetensors --data digits
 	$(BIN)/python tools/evaluate.py --weights runs/detect/digits/weights/best.pt --data digits-scenes
+	$(BIN)/python tools/predict.py --weights runs/classify/digits/weights/best.safetensors --source digits
+	$(BIN)/python tools/predict.py --weights runs/detect/digits/weights/best.pt --source digits-scenes
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,6 +44,13 @@ def embedded_path(name: str) -> Path:
     return folder
 
 
+def embedded_pictures(name: str) -> Path:
+    """Return the folder of an embedded set's val pictures; arguments and errors are those of :func:`embedded_path`."""
+    folder = embedded_path(name)
+    scenes = folder / "images" / "val"
+    return scenes if scenes.is_dir() else folder / "val"
+
+
 def _make(name: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         made = Path(scratch) / "set"

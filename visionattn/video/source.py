@@ -9,6 +9,7 @@ from typing import Any, Literal
 import cv2
 
 from visionattn.data import IMAGE_SUFFIXES, load_image
+from visionattn.data.embedded import EMBEDDED, embedded_pictures
 from visionattn.data.files import list_images
 from visionattn.errors import DataError, SourceError
 from visionattn.export import BGRImage
@@ -46,19 +47,22 @@ class Source:
 def open_source(text: str) -> Source:
     """Open what ``text`` names: a picture, a folder of pictures, a video or gif, or a camera by its number.
 
+    The name of an embedded data set stands for its val pictures.
+
     A broken picture of a folder is left out with a warning.
 
     Raises:
         SourceError: it is not there, holds no pictures, or cannot be decoded.
     """
-    path = Path(text).absolute()
+    path = embedded_pictures(text) if text in EMBEDDED else Path(text).absolute()
     if text.isdigit() and not path.exists():
         return _camera(int(text))
     if path.is_dir():
         files = list_images(path)
         if not files:
             raise SourceError(f"no pictures in {path}; suffixes known: {' '.join(sorted(IMAGE_SUFFIXES))}")
-        return Source("folder", path.name, _pictures(files, path), tuple(files), len(files))
+        name = text if text in EMBEDDED else path.name
+        return Source("folder", name, _pictures(files, path), tuple(files), len(files))
     if not path.is_file():
         raise SourceError(
             f"source not found: {text}; give a picture, a folder, a video, or a camera's number such as 0"
