@@ -18,9 +18,7 @@ app = typer.Typer(add_completion=False)
 @app.command(help=__doc__)
 def main(
     weights: Annotated[Path, typer.Option(help="a .pt detector or a .safetensors classifier")],
-    source: Annotated[
-        str, typer.Option(help="a picture, a folder, a video or gif, a camera such as 0, or an embedded set")
-    ],
+    source: Annotated[str, typer.Option(help="picture, folder, video or gif, camera such as 0, or embedded set")],
     output: Annotated[Path | None, typer.Option(help="folder to write into; runs/predict/NAME if left out")] = None,
     show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
     conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,

@@ -1,0 +1,162 @@
+"""What is wrong is said in one error with exit code 2, before anything is written."""
+
+import re
+import runpy
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from tests.data.conftest import truncate
+from tests.tools.conftest import TOOLS
+from visionattn.data.scenes import make_scenes
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    make_scenes(folder, size=64, counts={"train": 4, "val": 4})
+    return folder
+
+
+@pytest.fixture
+def place(scenes, tmp_path, monkeypatch):
+    """The working folder: a set of pictures, a configuration, and files that are no weights of ours."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(scenes, "set")
+    options = {"epochs": 1, "batch": 4, "imgsz": 64, "device": "cpu", "workers": 0, "ultralytics": {"plots": False}}
+    config = {"task": "detect", "model": "yolo-lat-n", "data": "set/data.yaml", **options}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "text.pt").write_text("these are no weights")
+    torch.save({"model": Code(tmp_path / "code-ran")}, "code.pt")
+    save_file({"weight": torch.zeros(1)}, "foreign.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a tool in this process as if it were the program."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=captured.out, stderr=captured.err)
+
+    return run
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(call, place, name, *arguments):
+    """Run a tool that must refuse; returns its error."""
+    before = files(place)
+    done = call(name, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert files(place) == before
+    assert "Traceback" not in done.stderr
+    errors = re.split(r"(?:^|[\r\n])error: ", done.stderr)
+    assert len(errors) == 2, done.stderr
+    return errors[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", "unknown key epoch; accepted: .*; nearest: epochs"),
+        ("ultralytics.lr=1", "unknown key ultralytics.lr; accepted: .*; nearest: .*lr0"),
+        ("ultralytics.epochs=3", "ultralytics.epochs: our tools set it"),
+        ("data=set/dataa.yaml", "there is no file .*/set/dataa.yaml; expected the path of a data.yaml"),
+        ("model=yolo-lat-q", "unknown model 'yolo-lat-q'; accepted: .*yolo-lat-n"),
+        ("model=missing.pt", "weights not found: missing.pt; give a .pt file"),
+        ("model=text.pt", "text.pt is damaged or no PyTorch checkpoint .*; give a .pt file that our training wrote"),
+        ("model=code.pt", "code.pt asks for code outside the known model classes.* pass --trust-weights"),
+    ],
+)
+def test_training_a_detector_refuses(call, place, override, message):
+    error = refused(call, place, "train", "--config", "c.yaml", "--set", override)
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_training_without_the_images(call, place):
+    shutil.rmtree("set/images/val")
+    error = refused(call, place, "train", "--config", "c.yaml")
+    assert f"val: {place}/set/images/val does not exist; correct path or val" in error
+
+
+def test_training_names_what_is_broken_and_goes_on_without_it(call, place, caplog):
+    image, label = place / "set/images/train/00001.jpg", place / "set/labels/val/00002.txt"
+    truncate(image)
+    label.write_text("1 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1\n")
+    error = refused(call, place, "train", "--config", "c.yaml")
+    assert f"{image}: unreadable image: " in error
+    assert f"{label}:2: got 4 numbers, expected 5" in error
+    assert "the line is: 1 0.5 0.5 0.1\n" in error
+    assert "go on without them by skip_broken: true" in error
+
+    done = call("train", "--config", "c.yaml", "--set", "skip_broken=true")
+    assert done.returncode == 0, done.stderr
+    assert f"left out: {image}: " in caplog.text
+    assert f"{label}:2" in caplog.text
+    run = place / "runs" / "detect" / "c"
+    for split, broken in (("train", image.name), ("val", "00002.jpg")):
+        listed = (run / "data" / f"{split}.txt").read_text()
+        assert listed.count("\n") == 3
+        assert broken not in listed
+    assert (run / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("missing.safetensors", "weights not found: missing.safetensors; give a file that training wrote"),
+        ("c.yaml", "c.yaml: got suffix '.yaml', expected .pt .* or .safetensors"),
+        ("text.pt", "text.pt is damaged or no PyTorch checkpoint .*; give a .pt file that our training wrote"),
+        ("code.pt", "code.pt asks for code outside the known model classes.* pass --trust-weights"),
+        ("foreign.safetensors", "foreign.safetensors"),
+    ],
+)
+def test_weights_that_are_not_ours(call, place, name, file, message):
+    what = ("--data", "set/data.yaml") if name == "evaluate" else ("--source", "set/images/val")
+    error = refused(call, place, name, "--weights", file, *what, "--output", "out")
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_evaluating_on_other_classes(call, place, weights):
+    error = refused(call, place, "evaluate", "--weights", weights, "--data", "set/data.yaml", "--output", "out.json")
+    assert "the weights know 2 classes (ant, bee), the data set set has 10 (0, 1, 2, 3, 4, ...); give " in error
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("clip.mp4", "source not found: clip.mp4; give a picture, a folder, a video, or a camera's number such as 0"),
+        ("set/labels", "no pictures in .*/set/labels; suffixes known: .*.jpg"),
+        ("c.yaml", "c.yaml can be decoded neither as a picture nor as a video; convert it to png or mp4"),
+        ("99", "camera 99 cannot be opened; check that it is plugged in.* or give a picture"),
+    ],
+)
+def test_a_source_that_is_none(call, place, weights, source, message):
+    error = refused(call, place, "predict", "--weights", weights, "--source", source)
+    assert re.search(message, error)
+    assert error.count("\n") == 1
