@@ -289,7 +289,7 @@ def look(training: Training, moment: str, seconds: float) -> Kill:
 
 
 def lost_best(weights: Path) -> list[str]:
-    """Say so if the last epoch was a detector's best, but ``best.pt`` is of another; it is not written again."""
+    """Say so if the last epoch was a detector's best, but ``best.pt`` is older; it is not written again."""
     try:
         last, best = (read_checkpoint(weights / name) for name in ("last.pt", "best.pt"))
     except Exception as error:
@@ -297,7 +297,7 @@ def lost_best(weights: Path) -> list[str]:
     if -1 in (last["epoch"], best["epoch"]) or last["train_metrics"]["fitness"] != last["best_fitness"]:
         return []
     lost = f"epoch {last['epoch'] + 1} was the best, but best.pt is of epoch {best['epoch'] + 1}"
-    return [] if best["epoch"] == last["epoch"] else [lost]
+    return [lost] if best["epoch"] < last["epoch"] else []
 
 
 def losses(kill: Kill, training: Training, before: int) -> list[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from visionattn.cli import run
 from visionattn.engine.coco import Backend
 from visionattn.engine.evaluate import ClassificationReport, DetectionReport, evaluate
+from visionattn.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
 
@@ -39,6 +40,8 @@ def main(
         bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
     ] = False,
 ) -> None:
+    if output and output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give the name of a file, e.g. {output / 'scores.json'}")
     report = evaluate(
         weights,
         data,
@@ -60,8 +63,8 @@ def show(report: DetectionReport | ClassificationReport) -> None:
     """Print the scores as two tables: over all, and by class."""
     console = Console()
     columns = COLUMNS[report.task]
-    title = f"{report.weights} on {report.data} {report.split}: {report.images} images at {report.imgsz} px"
-    total = Table(*columns.values(), title=title)
+    print(f"{report.weights} on {report.data} {report.split}: {report.images} images at {report.imgsz} px")
+    total = Table(*columns.values())
     total.add_row(*(number(report.metrics[key]) for key in columns))
     classes = Table("class", next(iter(columns.values())))
     for name, value in report.metrics["per_class"].items():

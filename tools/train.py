@@ -35,7 +35,8 @@ def main(
         print(f"run      {result.folder}")
         print(f"weights  {result.weights}")
         for name, value in result.metrics.items():
-            print(f"{name:8} {value}")
+            if isinstance(value, int | float):
+                print(f"{name:8} {value:.4g}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ from visionattn.errors import VisionAttnError
 
 
 def run(app: typer.Typer) -> None:
-    """Run a typer app; an error meant for the user is printed in one piece and exits with code 2."""
+    """Run a typer app; an error meant for the user is printed in one piece and exits with code 2.
+
+    So is one of the operating system, which names the file: no space, no permission, a folder where a file should be.
+    """
     try:
         app()
-    except VisionAttnError as error:
+    except (VisionAttnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

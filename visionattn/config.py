@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from visionattn.errors import ConfigError, suggest
+
+
+def _device(value: Any) -> Any:
+    """Let YAML's ``0`` and ``[0, 1]`` stand for ``"0"`` and ``"0,1"``."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value) if type(value) is int else value
 
 
 class _Strict(BaseModel):
@@ -30,8 +37,10 @@ class _Common(_Strict):
     epochs: int = Field(default=100, ge=1)
     batch: int = Field(default=16, ge=1, description="images per step and process")
     imgsz: int = Field(default=320, ge=32, description="side of the square training image, in pixels")
-    seed: int = Field(default=0, ge=0)
-    device: str = Field(default="", description="cpu, 0, 0,1, ...; empty: the best one there is")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    device: Annotated[str, BeforeValidator(_device)] = Field(
+        default="", description="cpu, 0, 0,1, ...; empty: the best one there is"
+    )
     workers: int = Field(default=4, ge=0, description="loader processes")
     skip_broken: bool = Field(default=False, description="train without unreadable images and malformed labels")
     augment: list[dict[str, dict[str, Any]]] | None = Field(

@@ -102,3 +102,23 @@ def test_a_finished_training_is_left_as_it_is(tiny_data: Path, tmp_path: Path) -
     before = best.read_bytes()
     assert train(tmp_path, tiny_data) == best
     assert best.read_bytes() == before
+
+
+def test_a_kill_between_the_two_checkpoints_keeps_the_best(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move, moved = Path.replace, []
+
+    def die_before_the_second(path: Path, target: Path) -> Path:
+        if path.name in ("last.partial.pt", "best.partial.pt"):
+            if moved:
+                raise KeyboardInterrupt
+            moved.append(path.name)
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die_before_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train_detector(build_detector("yolo-lat-n"), tmp_path, data=str(tiny_data), epochs=1, **FAST)
+    best = train_detector(build_detector("yolo-lat-n"), tmp_path, data=str(tiny_data), epochs=1, **FAST)
+    assert read_checkpoint(best)["epoch"] == -1

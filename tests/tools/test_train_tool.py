@@ -58,7 +58,7 @@ def test_killed_resumed_and_run_again(config, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert f"run      {folder}\n" in resumed.stdout
     assert f"weights  {folder}/weights/best.safetensors\n" in resumed.stdout
-    assert f"top1     {metrics['top1']}\n" in resumed.stdout
+    assert f"top1     {metrics['top1']:.4g}\n" in resumed.stdout
     assert f"epoch {EPOCHS}/{EPOCHS}" in resumed.stderr, "a progress bar for each epoch"
 
     finished = run(tmp_path, "--config", config, "--resume")

@@ -87,7 +87,7 @@ def check_images(data: ClassificationData, splits: Sequence[str], skip_broken: b
     if lines and not skip_broken:
         raise DataError(
             f"{data.name}: {len(lines)} broken images:\n{listing(lines)}\n"
-            "replace or remove them, or go on without them by skip_broken: true"
+            "replace or remove them, or go on without them (skip_broken)"
         )
     broken = [path for path, _ in faults]
     for split, paths in images.items():

@@ -12,6 +12,7 @@ import yaml
 from visionattn.data.embedded import EMBEDDED, embedded_path
 from visionattn.data.files import IMAGE_SUFFIXES, check_each, image_fault, image_size, list_images, listing, write_text
 from visionattn.data.labels import label_path, read_labels
+from visionattn.data.scenes import make_scenes
 from visionattn.errors import DataError, suggest
 
 LEAST_SIDE = 10
@@ -59,8 +60,9 @@ def load_detection_data(source: str, splits: Sequence[str] = ("train", "val")) -
     """
     file = embedded_path(source) / "data.yaml" if source in EMBEDDED else Path(source).absolute()
     if not file.is_file():
+        scenes = [name for name, make in EMBEDDED.items() if make is make_scenes]
         accepted = "expected the path of a data.yaml, or the name of an embedded set of scenes"
-        raise DataError(f"detection data {source}: there is no file {file}; {accepted} ({suggest(source, EMBEDDED)})")
+        raise DataError(f"detection data {source}: there is no file {file}; {accepted} ({suggest(source, scenes)})")
     raw = _read_yaml(file)
     root = file.parent / str(raw.get("path") or "")
     images = {split: _split_images(raw, split, root, file) for split in splits}
@@ -98,7 +100,7 @@ def check_data(data: DetectionData, splits: Sequence[str], skip_broken: bool) ->
     if problems and not skip_broken:
         raise DataError(
             f"{data.name}: {len(problems)} broken images or label files:\n{listing(problems)}\n"
-            "mend or remove them, or go on without them by skip_broken: true"
+            "mend or remove them, or go on without them (skip_broken)"
         )
     for problem in problems:
         _log.warning("left out: %s", problem)

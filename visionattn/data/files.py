@@ -47,7 +47,8 @@ def load_image(path: Path) -> NDArray[np.uint8]:
             with Image.open(path) as opened:
                 image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))[..., ::-1]
     except Exception as error:  # decoders raise what they like
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from error
+        reason = "in no format that is known" if isinstance(error, ImportError) else error
+        raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from error
     return np.ascontiguousarray(image, dtype=np.uint8)
 
 
@@ -71,6 +72,8 @@ def image_fault(path: Path) -> str:
     try:
         with Image.open(path) as image:
             image.load()
+    except ImportError:  # Ultralytics makes PIL look for a HEIF decoder before it gives up
+        return "unreadable image: in no format that is known"
     except Exception as error:
         return f"unreadable image: {error}"
     return ""
@@ -93,5 +96,8 @@ def listing(problems: Iterable[Any]) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a name beside ``path``, then move it into place."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

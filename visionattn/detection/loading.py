@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from ultralytics.nn import tasks
 
 from visionattn.detection.model import YOLOLAT
@@ -47,13 +48,13 @@ def read_checkpoint(weights: Path, trust: bool = False) -> dict[str, Any]:
         checkpoint, _ = tasks.torch_safe_load(weights, safe_only=not trust)
     except Exception as error:
         if zipfile.is_zipfile(weights) and isinstance(error.__cause__ or error, pickle.UnpicklingError):
+            names = ", ".join(get_unsafe_globals_in_checkpoint(weights))
             raise WeightsError(
-                f"{weights} asks for code outside the known model classes, so it was not loaded "
-                f"({_first_line(error.__cause__ or error)}). If the file is your own, pass --trust-weights"
+                f"{weights} asks for code outside the known model classes ({names}), so it was not loaded; if the "
+                "file is your own, pass --trust-weights"
             ) from error
         raise WeightsError(
-            f"{weights} is damaged or no PyTorch checkpoint ({_first_line(error)}); "
-            "give a .pt file that our training wrote"
+            f"{weights} is damaged or no PyTorch checkpoint; give a .pt file that our training wrote"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("ema") or checkpoint.get("model"), nn.Module):
         raise WeightsError(
@@ -75,7 +76,3 @@ def restricted(on: bool) -> Iterator[None]:
             del os.environ[_SWITCH]
         else:
             os.environ[_SWITCH] = variable
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -29,7 +29,7 @@ class LATTrainer(DetectionTrainer):
         self.last, self.best = _beside(last, "partial"), _beside(best, "partial")
         try:
             saved = bool(super().save_model())
-            for partial, final in ((self.last, last), (self.best, best)):
+            for partial, final in ((self.best, best), (self.last, last)):  # what is resumed from comes last
                 if partial.exists():
                     partial.replace(final)
         finally:

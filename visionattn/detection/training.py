@@ -4,7 +4,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import DEFAULT_CFG_KEYS
+from torch import nn
+from ultralytics.cfg import get_cfg
+from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS
+from ultralytics.utils.torch_utils import select_device
 
 from visionattn.detection.loading import load_detector, read_checkpoint, restricted
 from visionattn.detection.model import YOLOLAT
@@ -13,20 +16,26 @@ from visionattn.errors import ConfigError, VisionAttnError, suggest
 
 _OURS = {"task", "mode", "model", "data", "epochs", "batch", "imgsz", "seed", "device", "workers", "augmentations"}
 _FOLDERS = {"project", "name", "exist_ok", "save_dir", "resume"}
+_UNFIT = {"single_cls"}  # the classes are what is scored
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse keys that Ultralytics' trainer does not have, and those that stand elsewhere in our configuration.
+def check_options(options: dict[str, Any], device: str) -> None:
+    """Refuse options and devices that Ultralytics' trainer would refuse, and those that stand elsewhere in our config.
 
     Raises:
-        ConfigError: names the key and the nearest known ones.
+        ConfigError: names the option and, of an unknown key, the nearest known ones.
     """
-    known = DEFAULT_CFG_KEYS - _OURS - _FOLDERS
+    known = DEFAULT_CFG_KEYS - _OURS - _FOLDERS - _UNFIT
     for key in options:
-        if key in _OURS | _FOLDERS:
-            raise ConfigError(f"ultralytics.{key}: our tools set it; see the top-level keys of the configuration")
+        if key in _OURS | _FOLDERS | _UNFIT:
+            raise ConfigError(f"ultralytics.{key} cannot be set here; see the top-level keys of the configuration")
         if key not in known:
             raise ConfigError(f"unknown key ultralytics.{key}; {suggest(key, known)}")
+    try:
+        get_cfg(DEFAULT_CFG_DICT, {"device": device, **options})
+        select_device(device, verbose=False)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"Ultralytics refuses an option: {error}") from error
 
 
 def build_detector(model: str, trust: bool = False) -> YOLOLAT:
@@ -46,8 +55,8 @@ def build_detector(model: str, trust: bool = False) -> YOLOLAT:
         raise ConfigError(
             f"model {model!r} cannot be built: {error}; give a packaged name, a model yaml or a .pt file"
         ) from error
-    if detector.task != "detect":
-        raise ConfigError(f"model {model!r} is for the task {detector.task!r}, expected a detector")
+    if detector.task != "detect" or not isinstance(detector.model, nn.Module):
+        raise ConfigError(f"model {model!r} is no detector to train; give a packaged name, a model yaml or a .pt file")
     return detector
 
 

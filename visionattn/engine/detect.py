@@ -7,6 +7,7 @@ from visionattn.data import build_augment, check_data, load_detection_data, writ
 from visionattn.detection import build_detector, check_options, train_detector
 from visionattn.engine.evaluate import evaluate
 from visionattn.engine.run import RunFolder
+from visionattn.errors import ConfigError
 
 
 def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
         DataError: the data set is missing, incomplete or damaged.
         WeightsError: the weights to start from cannot be loaded.
     """
-    check_options(config.ultralytics)
+    check_options(config.ultralytics, config.device)
     augmentations = None if config.augment is None else build_augment(config.augment)
     data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken)
     detector = build_detector(config.model, trust)
@@ -29,6 +30,11 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
         **({"device": config.device} if config.device else {}),
         **config.ultralytics,
     }
-    best = train_detector(detector, run.path, trust, **options)
+    try:
+        best = train_detector(detector, run.path, trust, **options)
+    except (TypeError, ValueError, NotImplementedError, FileNotFoundError) as error:
+        if run.abandon():
+            raise ConfigError(f"Ultralytics cannot begin this training: {error}") from error
+        raise
     report = evaluate(best, options["data"], imgsz=config.imgsz, device=config.device, trust=trust)
     return report.metrics

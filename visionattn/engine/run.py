@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -85,6 +86,13 @@ class RunFolder:
         self.weights.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+    def abandon(self) -> bool:
+        """Remove the folder of a run that failed before its first checkpoint; whether it was removed."""
+        if any(self.weights.iterdir()):
+            return False
+        shutil.rmtree(self.path)
+        return True
 
     def finished(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``, which marks the run as finished."""

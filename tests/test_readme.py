@@ -1,0 +1,50 @@
+"""Numbers in the README are those of the result files, and its commands name files that exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def scores(file: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads((ROOT / "results" / file).read_text())["scores"]
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results" / "aquarium_416").glob("*.json")), ids=lambda file: file.stem)
+def test_detector_table(file: Path) -> None:
+    row = re.search(rf"^\| {file.stem.removesuffix('-seed0')} \| (.+) \|$", README, re.MULTILINE)
+    assert row, f"{file.stem} is missing from the table"
+    found = scores(f"aquarium_416/{file.name}")
+    assert row[1].split(" | ") == [f"{found[key]:.3f}" for key in ("ap", "ap50", "ap75")]
+
+
+def test_blood_cells() -> None:
+    found = scores("bccd/yolo-lat-n-seed0.json")
+    assert f"AP50 {found['ap50']:.3f} and AP {found['ap']:.3f}" in README
+
+
+def test_quickstart_output() -> None:
+    assert f"│ {scores('digits/classify.json')['top1']:.4f} │" in README
+    found = scores("digits/detect.json")
+    cells = " │ ".join(f"{found[key]:.4f}" for key in ("ap", "ap50", "ap75", "ap_small", "ap_medium"))
+    assert f"│ {cells} │ -    │" in README
+
+
+def test_kills() -> None:
+    report = json.loads((ROOT / "results" / "kill_and_resume.json").read_text())
+    assert f"Killed at {report['kills']} random moments for each task" in README
+    for task in report["tasks"].values():
+        assert len(task["kills"]) == report["kills"]
+        assert task["faults"] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:configs|tools|docs|datasets|results)/[\w./-]+\.\w+", README)))
+)
+def test_files_named_exist(path: str) -> None:
+    assert (ROOT / path).is_file()
