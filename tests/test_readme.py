@@ -1,10 +1,13 @@
 """Numbers in the README are those of the result files, and its commands name files that exist."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from visionattn.detection import load_detector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,3 +51,12 @@ def test_kills() -> None:
 )
 def test_files_named_exist(path: str) -> None:
     assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("name", ["aquarium", "bccd"])
+def test_shipped_weights_are_those_that_were_scored(name: str) -> None:
+    weights = ROOT / "weights" / f"yolo-lat-n-{name}.pt"
+    folder = "aquarium_416" if name == "aquarium" else name
+    report = json.loads((ROOT / "results" / folder / "yolo-lat-n-seed0.json").read_text())
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == report["sha256"]
+    assert set(load_detector(weights).names.values()) == set(report["scores"]["per_class"])
