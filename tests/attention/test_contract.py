@@ -118,6 +118,7 @@ def test_contract_half_precision_neither_overflows_nor_drifts(
     # An average of many values is small beside them, so rounding is measured against the values.
     error = (out.double() - truth).abs().max() / v.double().abs().max()
     assert error < 4 * torch.finfo(dtype).eps
+    assert (out.double() - truth).norm() < 2 * torch.finfo(dtype).eps * truth.norm()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import ExifTags, Image
 
 from tests.data.conftest import SetMaker, save_image, truncate
-from visionattn.data import check_data, find_problems, label_path, load_detection_data, write_data_yaml
+from visionattn.data import check_data, find_problems, label_path, load_detection_data, load_image, write_data_yaml
+from visionattn.data.files import image_size
 from visionattn.data.labels import read_labels
 from visionattn.errors import DataError
 
@@ -262,3 +264,14 @@ def test_written_yaml_is_read_by_ultralytics(make_set: SetMaker, tmp_path: Path)
     assert (again.names, again.images) == (data.names, data.images)
     assert sorted(path.name for path in file.parent.iterdir()) == ["data.yaml", "train.txt", "val.txt"]
     assert yaml.safe_load(file.read_text())["path"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_measured_size_is_that_of_the_loaded_image(tmp_path, suffix, orientation):
+    path = tmp_path / f"picture{suffix}"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (80, 40)).save(path, exif=exif)
+    height, width = load_image(path).shape[:2]
+    assert image_size(path) == (width, height)

@@ -135,6 +135,7 @@ def test_each_epoch_has_its_own_order_and_augmentation(class_folders, tmp_path, 
     seen = []
     monkeypatch.setattr(images, "seed_of", lambda *key: seen.append(key) or 0)
     train(classify_config(class_folders, tmp_path, seed=5, epochs=2))
+    assert seen.pop(0) == (5, 0, 0), "one image is tried before anything is written"
     assert {key[:2] for key in seen} == {(5, 0), (5, 1)}
     orders = [[index for _, e, index in seen if e == epoch] for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))
@@ -185,7 +186,7 @@ REFUSED = {
     "augmentation": ({"augment": [{"HorizontalFlop": {}}]}, r"HorizontalFlop.*HorizontalFlip"),
     "device": ({"device": "77"}, r"device: got '77'"),
     "devices": ({"device": "0,1"}, r"torchrun"),
-    "precision": ({"amp": "fp16"}, r"amp fp16"),
+    "precision": ({"amp": "fp16"}, r"amp: got fp16"),
 }
 
 

@@ -4,8 +4,10 @@ import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from tests.data.conftest import truncate
 from tests.tools.conftest import TOOLS
 from visionattn.data.scenes import make_scenes
+from visionattn.detection import MODELS
 
 
 class Code:
@@ -174,3 +177,41 @@ def test_a_source_that_is_none(call, place, weights, source, message):
     error = refused(call, place, "predict", "--weights", weights, "--source", source)
     assert re.search(message, error)
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["yolov8n.pt", "evil.PT"])
+def test_no_name_of_weights_gets_around_restricted_loading(call, place, name):
+    Path(place, name).write_bytes(Path(place, "code.pt").read_bytes())
+    for model in {name, name.removesuffix(".pt")}:
+        refused(call, place, "train", "--config", "c.yaml", "--set", f"model={model}")
+
+
+def test_a_model_yaml_runs_no_code(call, place):
+    text = MODELS["yolo-lat-n"].read_text()
+    Path(place, "m.yaml").write_text(text + f"\nactivation: \"open('{place}/ran', 'w') and torch.nn.SiLU()\"\n")
+    refused(call, place, "train", "--config", "c.yaml", "--set", "model=m.yaml")
+
+
+def test_a_label_cache_is_neither_read_nor_written(call, place):
+    class Code:
+        def __reduce__(self):
+            return open, (str(place / "ran"), "w")
+
+    for split in ("train", "val"):
+        cache = place / "set" / "labels" / f"{split}.cache"
+        with cache.open("wb") as file:
+            np.save(file, np.array([Code()], dtype=object), allow_pickle=True)
+    before = files(place / "set")
+    done = call("train", "--config", "c.yaml")
+    assert done.returncode == 0, done.stderr
+    assert not (place / "ran").exists()
+    assert files(place / "set") == before
+
+
+def test_resuming_what_is_no_run_leaves_it_alone(call, place):
+    folder = place / "runs" / "detect" / "keep"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    overrides = ("--set", "name=keep", "--set", "ultralytics.optimizer=foo")
+    error = refused(call, place, "train", "--config", "c.yaml", *overrides, "--resume")
+    assert "holds no run of ours" in error

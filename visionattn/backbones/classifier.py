@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import ATTN_LAYERS
 from torch import nn
 
@@ -120,6 +120,7 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
     try:
         model = timm.create_model(header.name, num_classes=len(header.classes), **header.kwargs)
         load_model(model, str(path))
+        create_transform(**header.data_config)
     except Exception as error:  # a model refuses what it likes
         raise WeightsError(
             f"{path}: the weights do not fit the model they describe, {header.name} with {len(header.classes)} classes "

@@ -62,8 +62,12 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            exact = image.format in ("JPEG", "MPO", "PNG", "WEBP")
     except Exception as error:
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from error
+    if sideways and not exact:  # whether a decoder turns it by itself differs from format to format
+        height, width = load_image(path).shape[:2]
+        return width, height
     return (height, width) if sideways else (width, height)
 
 

@@ -1,11 +1,13 @@
-"""Ultralytics' detection trainer with one thing added: a kill leaves whole checkpoints to go on from."""
+"""Ultralytics' detection trainer with two things added: whole checkpoints after a kill, no code from data sets."""
 
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import strip_optimizer
@@ -22,6 +24,11 @@ class LATTrainer(DetectionTrainer):
         if self.ddp:
             self.save_dir = Path(tempfile.mkdtemp())  # Ultralytics removes it before it starts the workers
         super().train()
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        """Build a data set whose labels are read from their files."""
+        with _labels_read_anew(self.save_dir):
+            return super().build_dataset(img_path, mode, batch)
 
     def save_model(self) -> bool:
         """Save ``last.pt`` and ``best.pt`` under other names, then move them into place."""
@@ -55,6 +62,21 @@ def strip(checkpoint: Path) -> None:
     partial = _beside(checkpoint, "partial")
     strip_optimizer(checkpoint, str(partial))
     partial.replace(checkpoint)
+
+
+@contextmanager
+def _labels_read_anew(folder: Path) -> Iterator[None]:
+    """Keep Ultralytics from unpickling the label cache that may lie in a data set, and from writing one there."""
+    stock = YOLODataset._load_or_scan_cache
+
+    def scan(dataset: Any, cache: Path, _: str) -> tuple[dict[str, Any], bool]:
+        return dataset.cache_labels(folder / cache.name), False
+
+    YOLODataset._load_or_scan_cache = scan
+    try:
+        yield
+    finally:
+        YOLODataset._load_or_scan_cache = stock
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS
 from ultralytics.utils.torch_utils import select_device
 
 from visionattn.detection.loading import load_detector, read_checkpoint, restricted
-from visionattn.detection.model import YOLOLAT
+from visionattn.detection.model import MODELS, YOLOLAT
 from visionattn.detection.trainer import recover, strip
 from visionattn.errors import ConfigError, VisionAttnError, suggest
 
 _OURS = {"task", "mode", "model", "data", "epochs", "batch", "imgsz", "seed", "device", "workers", "augmentations"}
 _FOLDERS = {"project", "name", "exist_ok", "save_dir", "resume"}
-_UNFIT = {"single_cls"}  # the classes are what is scored
+_UNFIT = {"single_cls", "save", "time"}  # classes are scored, every epoch is saved, all epochs are trained
 
 
 def check_options(options: dict[str, Any], device: str) -> None:
@@ -45,10 +45,14 @@ def build_detector(model: str, trust: bool = False) -> YOLOLAT:
         ConfigError: no such model, or its yaml is wrong.
         WeightsError: as :func:`visionattn.detection.load_detector`.
     """
-    if model.endswith(".pt"):
+    suffix = Path(model).suffix.lower()
+    if suffix == ".pt":
         return load_detector(model, trust)
+    if suffix not in (".yaml", ".yml") and not model.startswith("yolo-lat"):
+        raise ConfigError(f"model {model!r}; expected one of {', '.join(MODELS)}, a model yaml or a .pt file")
     try:
-        detector = YOLOLAT(model)
+        with restricted(not trust):
+            detector = YOLOLAT(model)
     except VisionAttnError:
         raise
     except Exception as error:

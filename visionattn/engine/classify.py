@@ -13,6 +13,7 @@ from typing import Any
 import albumentations as A
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
@@ -27,7 +28,7 @@ from visionattn.backbones.classifier import build_classifier, load_classifier, s
 from visionattn.config import ClassifyConfig
 from visionattn.data import ClassificationData, build_augment, check_images, load_classification_data
 from visionattn.data.files import write_text
-from visionattn.engine.images import Images, seed_of
+from visionattn.engine.images import Images, check_input, seed_of
 from visionattn.engine.run import RunFolder, is_main_process
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
 
@@ -118,6 +119,7 @@ class _Training:
             "pin_memory": self.accelerator.device.type == "cuda",
         }
         self.images = Images(train, transform, augment, config.seed)
+        check_input(self.images, config.imgsz)
         return (
             DataLoader(self.images, shuffle=True, drop_last=True, **options),
             DataLoader(Images(val, transform), **options),
@@ -260,6 +262,9 @@ def _accelerator(config: ClassifyConfig) -> Accelerator:
             "nothing for the best one there is; for two: torchrun --nproc-per-node 2 tools/train.py, without device"
         )
     loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another training of this process may have left one
+    if config.amp == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("amp: got fp16, which needs a GPU; set bf16 or no")
     try:
         return Accelerator(cpu=device == "cpu", mixed_precision=config.amp, dataloader_config=loading)
     except ValueError as error:

@@ -22,6 +22,7 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
     augmentations = None if config.augment is None else build_augment(config.augment)
     data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken)
     detector = build_detector(config.model, trust)
+    fresh = not run.path.exists()
     run.create(config)
     options = {
         "data": str(write_data_yaml(data, run.path / "data")),
@@ -33,7 +34,8 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
     try:
         best = train_detector(detector, run.path, trust, **options)
     except (TypeError, ValueError, NotImplementedError, FileNotFoundError) as error:
-        if run.abandon():
+        if fresh and not any(run.weights.iterdir()):
+            run.abandon()
             raise ConfigError(f"Ultralytics cannot begin this training: {error}") from error
         raise
     report = evaluate(best, options["data"], imgsz=config.imgsz, device=config.device, trust=trust)

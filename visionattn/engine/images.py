@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from visionattn.data import load_image
+from visionattn.errors import ConfigError
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -44,6 +45,16 @@ class Images(Dataset[tuple[Tensor, int]]):
             self.augment.set_random_state(np.random.default_rng(seed), random.Random(seed))
             image = self.augment(image=image)["image"]
         return self.transform(Image.fromarray(image)), label
+
+
+def check_input(images: Images, imgsz: int) -> None:
+    """Raise a ConfigError unless augmentation and transform make inputs (3, imgsz, imgsz) of the images."""
+    try:
+        shape = tuple(images[0][0].shape)
+    except Exception as error:  # an augmentation refuses what it likes
+        raise ConfigError(f"augment: it cannot be applied to the images: {error}") from error
+    if shape != (3, imgsz, imgsz):
+        raise ConfigError(f"augment: it makes inputs of {shape}, expected (3, {imgsz}, {imgsz})")
 
 
 def seed_of(*key: int) -> int:

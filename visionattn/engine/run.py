@@ -60,6 +60,8 @@ class RunFolder:
                 f"the run folder {run.path} is in use; go on with --resume, choose another name (--set name=...) or "
                 "delete the folder"
             )
+        if any(run.path.iterdir()) and not (run.path / "config.yaml").is_file():
+            raise ConfigError(f"{run.path} holds no run of ours to resume; choose another name (--set name=...)")
         changed = run._changed(config)
         if changed:
             raise ConfigError(
@@ -87,12 +89,9 @@ class RunFolder:
         write_json(self.path / "environment.json", environment())
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
-    def abandon(self) -> bool:
-        """Remove the folder of a run that failed before its first checkpoint; whether it was removed."""
-        if any(self.weights.iterdir()):
-            return False
+    def abandon(self) -> None:
+        """Remove the folder of a run that could not begin."""
         shutil.rmtree(self.path)
-        return True
 
     def finished(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``, which marks the run as finished."""

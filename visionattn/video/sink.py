@@ -132,7 +132,7 @@ def _check_windows() -> None:
 
 def _prepare(path: Path, source: Source) -> Path:
     """Make the folder of ``path``; return the name to write under until the file is whole."""
-    if path.resolve() in (file.resolve() for file in source.files):
+    if path.resolve() in source.resolved:
         raise SourceError(f"{path} is being read and would be replaced; give another --output folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.stem}.partial{path.suffix}")

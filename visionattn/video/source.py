@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,11 @@ class Source:
     files: tuple[Path, ...] = ()
     count: int | None = None
     fps: float = FALLBACK_FPS
+
+    @cached_property
+    def resolved(self) -> frozenset[Path]:
+        """The files that are read, without links."""
+        return frozenset(file.resolve() for file in self.files)
 
     def __iter__(self) -> Iterator[tuple[str, BGRImage]]:
         return self.frames
