@@ -108,3 +108,20 @@ def test_what_is_not_a_checkpoint(checkpoint: Path, tmp_path: Path, content: byt
 def test_missing_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not found"):
         load_detector(tmp_path / "none.pt")
+
+
+def test_yolo_command_knows_our_models(tiny_data: Path, tmp_path: Path) -> None:
+    arguments = [f"{key}={value}" for key, value in FAST.items()]
+    command = [
+        "yolo",
+        "train",
+        "model=yolo-lat-n.yaml",
+        f"data={tiny_data}",
+        "epochs=1",
+        f"project={tmp_path}",
+        "name=run",
+    ]
+    program = [str(Path(sys.executable).with_name("visionattn")), *command, *arguments]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert load_detector(tmp_path / "run" / "weights" / "best.pt").names == {0: "yellow", 1: "cyan"}

@@ -52,5 +52,5 @@ def yolo_command(arguments: list[str]) -> None:
     from ultralytics.cfg import entrypoint
 
     known = [f"model={resolve_model(a[6:])}" if a.startswith("model=") else a for a in arguments]
-    sys.argv = ["yolo", *known]
+    sys.argv[:] = ["yolo", *known]  # in place: Ultralytics keeps the list itself
     entrypoint()
