@@ -1,21 +1,22 @@
 """Attention mechanisms by name. A new one is a file here and a line in :data:`ATTENTION`."""
 
-from visionattn.attention.base import Attention, LinearAttention
-from visionattn.attention.ela_hadamard import ElaHadamardAttention
-from visionattn.attention.elu import EluAttention
-from visionattn.attention.softmax import SoftmaxAttention
-from visionattn.errors import UnknownNameError, suggest
+from visionattn.attention.base import Attention
+from visionattn.attention.dark import whiten
+from visionattn.attention.exact import exact_kernel
+from visionattn.attention.layer import attention_layer
+from visionattn.attention.linear import DistanceAttention, LinearAttention, PositiveAttention, SignedAttention
+from visionattn.attention.registry import ATTENTION
+from visionattn.ops.criteria import check_kernel
 
-
-class _Mechanisms(dict[str, type[Attention]]):
-    def __missing__(self, name: str) -> type[Attention]:
-        raise UnknownNameError(f"unknown attention {name!r}; {suggest(name, self)}")
-
-
-ATTENTION: dict[str, type[Attention]] = _Mechanisms(
-    softmax=SoftmaxAttention,
-    elu=EluAttention,
-    ela_hadamard=ElaHadamardAttention,
-)
-
-__all__ = ["ATTENTION", "Attention", "LinearAttention"]
+__all__ = [
+    "ATTENTION",
+    "Attention",
+    "DistanceAttention",
+    "LinearAttention",
+    "PositiveAttention",
+    "SignedAttention",
+    "attention_layer",
+    "check_kernel",
+    "exact_kernel",
+    "whiten",
+]

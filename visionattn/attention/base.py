@@ -1,5 +1,6 @@
 """The contract that every mechanism keeps: timm's constructor, timm's parameter names, timm's forward."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from visionattn.errors import ConfigError, UnsupportedError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the projections of ``timm.layers.Attention``; a subclass gives :meth:`attend` and
-    :meth:`reference`.
+    """Multi-head self-attention with the projections of ``timm.layers.Attention``; a subclass says how tokens mix.
 
     Input and output are (B, N, dim). Parameters are named as timm names them (``qkv``, ``proj``, ``q_norm``,
     ``k_norm``, ``norm``), so a checkpoint of either loads into the other.
+
+    A subclass gives :meth:`attend` (fast), :meth:`advance` (one token at a time) and :meth:`log_kernel` (the truth).
 
     Args:
         dim: width C of a token.
@@ -28,11 +30,23 @@ class Attention(nn.Module):
         device: where parameters are made.
         dtype: their type.
         projections: False where the caller projects by itself (a convolution with folded normalisation, say): the
-            input is then the packed projection (B, N, 3 dim), and the output is the mixed values (B, N, dim).
+            input is then the packed projection (B, N, ``streams`` x dim), and the output the mixed values (B, N, dim).
+        local: side of a depthwise convolution over the values, added to the mixed values; odd, 0 for none. It needs the
+            grid of the tokens in every call.
 
     Raises:
-        ConfigError: ``num_heads`` does not divide ``dim``, or a normalisation lacks its ``norm_layer``.
+        ConfigError: ``num_heads`` does not divide ``dim``, a normalisation lacks its ``norm_layer``, or ``local`` is
+            even.
     """
+
+    streams = 3
+    """How many projections of a token the mechanism takes: queries, keys and values."""
+
+    random = False
+    """Whether :meth:`log_kernel` is an estimate, by random features, of :meth:`log_target`."""
+
+    positional = False
+    """Whether the kernel depends on where tokens stand, not on their content alone."""
 
     def __init__(
         self,
@@ -49,61 +63,171 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         projections: bool = True,
+        local: int = 0,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}; choose heads that divide it")
+        if local and local % 2 == 0:
+            raise ConfigError(f"local={local}: got an even side; give an odd one, or 0 for no convolution")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory) if projections else nn.Identity()
+        self.qkv = self._input_projection(qkv_bias, factory) if projections else nn.Identity()
         self.q_norm = _norm(norm_layer, self.head_dim, factory) if qk_norm else nn.Identity()
         self.k_norm = _norm(norm_layer, self.head_dim, factory) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.local = nn.Conv2d(dim, dim, local, padding=local // 2, groups=dim, **factory) if local else None
         self.norm = _norm(norm_layer, dim, factory) if scale_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory) if projections else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attend over the tokens of ``x``.
+
+        Args:
+            x: tokens, (B, N, dim).
+            attn_mask: boolean, True where a key takes part, broadcastable to (B, heads, 1, N): a padding mask. Softmax
+                attention takes any mask of ``scaled_dot_product_attention``. A query without any key gets zeros.
+            is_causal: token i attends to tokens 0..i.
+            grid: (H, W) of the last H x W tokens; those before are prefix tokens. Needed by ``local`` and by kernels
+                of two-dimensional positions, ignored by all others.
+
+        Raises:
+            UnsupportedError: the mechanism does not offer what is asked.
+        """
+        q, k, v = self.project(x)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            mixed = self.attend(q, k, v, attn_mask, is_causal, grid)
+        else:
+            with _full_precision(x):
+                mixed = self.attend(q, k, v, attn_mask, is_causal, grid)
+        if self.local is not None:
+            if is_causal:
+                raise UnsupportedError("local convolutions see tokens to come; use local=0 where is_causal=True")
+            mixed = mixed + self.convolve(v, grid)
+        return self.finish(mixed)
+
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Attend from one more token to itself and all before it: the causal form, a token at a time.
+
+        Args:
+            x: the next token, (B, 1, dim).
+            state: what the last step returned; None at the first token.
+
+        Returns:
+            The token's output, (B, 1, dim), and the state for the next step.
+
+        Raises:
+            UnsupportedError: the module has a ``local`` convolution.
+        """
+        if self.local is not None:
+            raise UnsupportedError("step: a local convolution sees tokens to come; use local=0")
+        q, k, v = self.project(x)
+        with _full_precision(x):
+            mixed, state = self.advance(q, k, v, state)
+        return self.finish(mixed), state
+
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """:meth:`attend` through the explicit N x N matrix: the truth that tests and reports compare with."""
+        return softmax_over(self.log_kernel(q, k), attn_mask, is_causal) @ v
+
+    def target(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention by the exact kernel that random features estimate; without such features, the reference."""
+        return softmax_over(self.log_target(q, k)) @ v
+
+    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """Logarithm of the kernel of all pairs, (B, H, N, D) twice to (B, H, N, N), up to a constant a query."""
+        raise NotImplementedError
+
+    def log_target(self, q: Tensor, k: Tensor) -> Tensor:
+        """As :meth:`log_kernel`, of the exact kernel that random features estimate."""
+        return self.log_kernel(q, k)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Mix the values: q, k, v of (B, H, N, head_dim) to (B, H, N, head_dim)."""
         raise NotImplementedError
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same without masks, through the explicit N x N matrix: the truth that tests and reports compare with."""
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Take one token's q, k, v of (B, H, 1, head_dim) into the state and return its mixed values beside it."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend over the tokens of ``x`` (B, N, dim); ``attn_mask`` is as in scaled_dot_product_attention."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the tokens, each (B, H, N, head_dim)."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = self.attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def convolve(self, v: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Return the local convolution of the values, (B, H, N, head_dim); zero at prefix tokens."""
+        if grid is None:
+            raise UnsupportedError("local needs grid=(H, W) in every call; use it in a model that passes the grid")
+        B, _, N, _ = v.shape
+        prefix = N - grid[0] * grid[1]
+        image = v[:, :, prefix:].transpose(-2, -1).reshape(B, self.dim, grid[0], grid[1])
+        assert self.local is not None
+        near = self.local(image).reshape(B, self.num_heads, self.head_dim, N - prefix).transpose(-2, -1)
+        return nn.functional.pad(near, [0, 0, prefix, 0])
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """Join the heads of the mixed values and project them: (B, H, N, head_dim) to (B, N, dim)."""
+        B, _, N, _ = mixed.shape
         return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).reshape(B, N, self.dim))))
 
+    def _input_projection(self, bias: bool, factory: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.dim, 3 * self.dim, bias=bias, **factory)
 
-class LinearAttention(Attention):
-    """Attention that never forms the N x N matrix; a subclass gives :meth:`mix` and :meth:`reference`.
 
-    Arguments are those of :class:`Attention`.
+def key_mask(attn_mask: Tensor | None) -> Tensor | None:
+    """Return a key padding mask as a column, broadcastable to (B, H, N, 1).
 
     Raises:
-        UnsupportedError: ``attn_drop`` is not 0, or forward is given a mask or ``is_causal``.
+        UnsupportedError: the mask is not boolean, or differs from query to query.
     """
+    if attn_mask is None:
+        return None
+    if attn_mask.dtype != torch.bool or attn_mask.dim() < 2 or attn_mask.shape[-2] != 1:
+        raise UnsupportedError(
+            f"attn_mask: got {attn_mask.dtype} of shape {attn_mask.shape}; this mechanism accepts a boolean key "
+            "padding mask, broadcastable to (B, heads, 1, N), or is_causal=True"
+        )
+    return attn_mask.transpose(-2, -1)
 
-    def __init__(self, dim: int, num_heads: int = 8, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dim, num_heads, *args, **kwargs)
-        if self.attn_drop.p:
-            raise UnsupportedError(
-                f"{type(self).__name__}: attn_drop={self.attn_drop.p} drops entries of an N x N matrix that linear "
-                "attention never forms; leave it at 0 and use proj_drop"
-            )
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Mix the values over all tokens: q, k, v of (B, H, N, head_dim) to (B, H, N, head_dim)."""
-        raise NotImplementedError
+def softmax_over(log_kernel: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Normalise the kernel of all pairs over the keys that a query may see; zeros where it may see none."""
+    mask = allowed(log_kernel, attn_mask, is_causal)
+    return log_kernel.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise UnsupportedError("this mechanism attends over all tokens; it accepts attn_mask=None, is_causal=False")
-        return self.mix(q, k, v)
+
+def allowed(pairs: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return which of all pairs, (B, H, N, N), a mask and causality leave."""
+    mask = torch.ones_like(pairs, dtype=torch.bool)
+    mask = mask.tril() if is_causal else mask
+    return mask if attn_mask is None else mask & attn_mask
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Features are computed in the precision that a mechanism chooses; autocast would round them under its hands."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _norm(norm_layer: type[nn.Module] | None, width: int, factory: dict[str, Any]) -> nn.Module:

@@ -2,18 +2,20 @@
 
 from torch import Tensor
 
-from visionattn.attention.base import LinearAttention
+from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import ela_hadamard
+from visionattn.ops.precision import widen
 
 
-class ElaHadamardAttention(LinearAttention):
-    """``sum_d exp(q_d + k_d)`` (arXiv 2605.18848, section 3), normalised; O(N), exact for its own kernel.
+class ElaHadamardAttention(PositiveAttention):
+    """``sum_d exp(q_d + k_d)`` (arXiv 2605.18848, section 3), normalised: co-activation of features; D features, O(N).
 
-    Queries and keys are not scaled: the kernel is separable, so the projections carry the scale.
+    Exact for its own kernel, which is not softmax attention's ``exp(q.k)``: as a matrix over tokens its rank is at most
+    D. Queries and keys are not scaled: the kernel is separable, so the projections carry the scale.
     """
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ela_hadamard.linear(q, k, v)
+    def log_features(self, x: Tensor) -> Tensor:
+        return widen(x)
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ela_hadamard.reference(q, k, v)
+    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        return ela_hadamard.log_kernel(q, k)

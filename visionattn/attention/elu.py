@@ -2,15 +2,18 @@
 
 from torch import Tensor
 
-from visionattn.attention.base import LinearAttention
+from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import elu
 
 
-class EluAttention(LinearAttention):
-    """``phi(q).phi(k)`` with ``phi(x) = elu(x) + 1`` (arXiv 2006.16236, equation 7); O(N), exact for its own kernel."""
+class EluAttention(PositiveAttention):
+    """``phi(q).phi(k)`` with ``phi(x) = elu(x) + 1`` (arXiv 2006.16236, equation 7); D features, O(N).
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return elu.linear(q, k, v)
+    Exact for its own kernel, which does not approximate softmax attention.
+    """
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return elu.reference(q, k, v)
+    def log_features(self, x: Tensor) -> Tensor:
+        return elu.log_features(x)
+
+    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        return elu.log_kernel(q, k)

@@ -4,14 +4,31 @@ from torch import Tensor
 
 from visionattn.attention.base import Attention
 from visionattn.ops import softmax
+from visionattn.ops.cache import Cache, extended
 
 
 class SoftmaxAttention(Attention):
-    """``exp(q.k / sqrt(D))``, normalised; O(N^2), by PyTorch's fused kernels. The control for every linear kernel."""
+    """``exp(q.k / sqrt(D))``, normalised; the control for every linear kernel.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    O(N^2 D) time on PyTorch's fused kernels, which need no N x N memory; the state of :meth:`step` is all keys and
+    values.
+    """
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
-        return softmax.fused(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)
+        return softmax.fused(q, k, v, attn_mask, is_causal, dropout)
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return softmax.reference(q, k, v)
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
+        state = extended(state, k, v)
+        return softmax.fused(q, state.k, state.v), state
+
+    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        return softmax.log_kernel(q, k)

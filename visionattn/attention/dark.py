@@ -1,0 +1,102 @@
+"""DARKFormer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.attention.features import RandomFeatures, at_least_one
+from visionattn.attention.linear import PositiveAttention
+from visionattn.ops import dark, performer
+from visionattn.ops.draws import gaussian
+
+
+class DarkAttention(RandomFeatures, PositiveAttention):
+    """``exp(q^T S k / sqrt(D))`` with a learned covariance ``S = M^T M`` a head (DARKFormer, arXiv 2603.04127); O(N F).
+
+    Positive random features of M q and M k estimate it without bias; M starts as the identity, where this is Performer.
+    The kernel changes with M: it is no estimate of softmax attention. Where the query and key projections are trained
+    too, they can absorb M; it is of use where they are frozen or pretrained, and after :func:`whiten`.
+
+    The parameter is ``shift``, M - I, (heads, head_dim, head_dim), so that weight decay draws M to the identity.
+
+    Args:
+        features: draws F a head.
+        draws: ``orthogonal`` in blocks of head_dim, or ``iid``.
+        seed: of the draws.
+        **kwargs: as for :class:`~visionattn.attention.Attention`.
+    """
+
+    draws: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *args: Any,
+        features: int = 256,
+        draws: str = "orthogonal",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
+        self.features, self.how, self.seed = at_least_one(features=features), draws, seed
+        self.shift = nn.Parameter(torch.zeros(num_heads, self.head_dim, self.head_dim, device=device, dtype=dtype))
+        self.register(device, dtype)
+
+    def draw(self) -> dict[str, Tensor]:
+        return {"draws": gaussian(self.num_heads, self.features, self.head_dim, self.seed, self.how)}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set M to the identity and draw the buffers anew."""
+        super().reset_parameters()
+        self.shift.zero_()
+
+    def warp(self, x: Tensor) -> Tensor:
+        """Return ``M x / D^(1/4)``, in float32 at least."""
+        x = performer.scaled(x)
+        return x + x @ self.shift.to(x.dtype).transpose(-2, -1)
+
+    def log_features(self, x: Tensor) -> Tensor:
+        return performer.exponential_log_features(self.warp(x), self.draws)
+
+    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        a, b = self.log_features(q), self.log_features(k)
+        return (a.unsqueeze(-2) + b.unsqueeze(-3)).logsumexp(-1)
+
+    def log_target(self, q: Tensor, k: Tensor) -> Tensor:
+        m = torch.eye(self.head_dim, dtype=q.dtype, device=q.device) + self.shift.to(q.dtype)
+        return dark.log_kernel(performer.scaled(q), performer.scaled(k), m)
+
+
+@contextmanager
+def whiten(model: nn.Module, loading: float = 1e-4) -> Iterator[None]:
+    """Start every :class:`DarkAttention` of a model from data: M makes its queries and keys isotropic.
+
+    Run one forward pass within; each layer sets its M from what reaches it, and goes on with the new one::
+
+        with whiten(model):
+            model(images)
+
+    Args:
+        model: with the layers.
+        loading: share of the mean eigenvalue of the second moment added to all of them.
+    """
+
+    @torch.no_grad()
+    def fit(layer: DarkAttention, args: tuple[Any, ...]) -> None:
+        q, k, _ = layer.project(args[0])
+        m = dark.whitening(performer.scaled(torch.cat((q, k), -2)), loading)
+        layer.shift.copy_(m - torch.eye(layer.head_dim, dtype=m.dtype, device=m.device))
+
+    handles = [m.register_forward_pre_hook(fit) for m in model.modules() if isinstance(m, DarkAttention)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,76 @@
+"""Gaussian kernel attention, ``k(x_i, x_j) = exp(-|x_i - x_j|^2 / (2 s^2))`` with the features as values, normalised.
+
+The row factor cancels, so it is softmax attention of x with itself under a key bias,
+``softmax_j(x_i.x_j / s^2 - |x_j|^2 / (2 s^2))``, and runs on PyTorch's fused kernels with the bias as one more channel.
+Distances do not change when all tokens move, so x is centred first, which keeps the difference of the two terms
+accurate.
+
+Source: Gaussian Kernel Attention (arXiv 2605.02144).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn.ops.precision import never, outcast, widen
+
+
+def log_kernel(q: Tensor, k: Tensor, bandwidth: Tensor) -> Tensor:
+    """Logarithm of the kernel of all pairs, (B, H, N, N), from the differences themselves; bandwidth s is (H,)."""
+    square = (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1)
+    return -square / (2 * bandwidth.square().view(-1, 1, 1))
+
+
+def attend(
+    q: Tensor,
+    x: Tensor,
+    bandwidth: Tensor,
+    keep: Tensor | None = None,
+    is_causal: bool = False,
+    window: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend from ``q`` to ``x`` in O(N^2 D) time and O(N D) memory; with a window of w, in O(N w D) time.
+
+    Args:
+        q: features of the tokens that attend, (B, H, n, D); all of ``x``, or any others without mask and window.
+        x: features, keys and values at once, (B, H, N, D).
+        bandwidth: s of each head, (H,).
+        keep: key mask.
+        is_causal: token i attends to tokens 0..i.
+        window: attend to tokens at most so many places away; 0 for all.
+        dropout: probability of dropping an attention weight.
+    """
+    wide, inverse = outcast(widen(x), keep), 1 / widen(bandwidth).to(widen(x).dtype).view(-1, 1, 1)
+    middle = wide.mean(-2, keepdim=True).detach()
+    queries, keys = (widen(q) - middle) * inverse, (wide - middle) * inverse
+    bias = outcast(-keys.square().sum(-1, keepdim=True) / 2, keep, never())
+    # Fused kernels want a width divisible by 8.
+    queries = torch.cat((F.pad(torch.ones_like(queries[..., :1]), [7, 0]), queries), -1)
+    keys = torch.cat((F.pad(bias, [7, 0]), keys), -1)
+    if window:
+        return _windowed(queries, keys, wide, window, is_causal, dropout).to(x.dtype)
+    mixed = F.scaled_dot_product_attention(queries, keys, wide, dropout_p=dropout, is_causal=is_causal, scale=1.0)
+    return mixed.to(x.dtype)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_causal: bool, dropout: float) -> Tensor:
+    """Blocks of ``window`` queries attend to their own block and to the ones before and after it."""
+    B, H, N, D = q.shape
+    blocks = (N + window - 1) // window
+    spare = blocks * window - N
+    q = F.pad(q, [0, 0, 0, spare]).reshape(B * H, blocks, window, D)
+    bias = F.pad(k[..., 7:8], [0, 0, window, window + spare], value=never())
+    k = F.pad(k, [0, 0, window, window + spare])
+    k = torch.cat((k[..., :7], bias, k[..., 8:]), -1)
+    v = F.pad(v, [0, 0, window, window + spare])
+    k, v = (x.unfold(-2, 3 * window, window).transpose(-2, -1) for x in (k, v))
+    rows = torch.arange(window, device=q.device).unsqueeze(-1) + window
+    columns = torch.arange(3 * window, device=q.device)
+    allowed = (columns - rows).abs() <= window
+    if is_causal:
+        allowed = allowed & (columns <= rows)
+    mixed = F.scaled_dot_product_attention(
+        q, k.flatten(0, 1), v.flatten(0, 1), attn_mask=allowed, dropout_p=dropout, scale=1.0
+    )
+    return mixed.reshape(B, H, N + spare, -1)[:, :, :N]
