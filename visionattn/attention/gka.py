@@ -21,7 +21,8 @@ class GaussianKernelAttention(Attention):
     Runs on PyTorch's fused softmax kernels, with no N x N tensor. It is symmetric, and not linear in N.
 
     Args:
-        window: attend to tokens at most so many places away in the sequence; 0 for all.
+        window: attend to tokens at most so many places away in the sequence; 0 for all. With a window, torch.export
+            takes one number of tokens, not any.
         **kwargs: as for :class:`~visionattn.attention.Attention`; ``qkv_bias`` is without effect.
 
     Raises:

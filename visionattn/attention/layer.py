@@ -1,5 +1,6 @@
 """Options for a mechanism, in the form that a host wants: a class."""
 
+import copyreg
 import inspect
 from functools import cache
 from typing import Any
@@ -43,19 +44,24 @@ def _options(cls: type[Attention]) -> set[str]:
     return found - {"device", "dtype", "projections"}
 
 
+class _Configured(type):
+    """The class of classes that :func:`attention_layer` makes: pickled by name and options, as they have no module."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...]
+
+
 @cache
-def _layer(name: str, options: tuple[tuple[str, Any], ...]) -> type[Attention]:
+def _layer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     base = ATTENTION[name]
 
     def construct(self: Attention, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **(dict(options) | kwargs))
 
-    def reduce(self: Attention, protocol: int) -> tuple[Any, ...]:
-        return _blank, (name, options), self.__dict__
+    body = {"__init__": construct, "__module__": base.__module__, "__doc__": base.__doc__}
+    layer = _Configured(base.__name__, (base,), body)
+    layer.name, layer.options = name, options
+    return layer
 
-    return type(base.__name__, (base,), {"__init__": construct, "__reduce_ex__": reduce, "__module__": base.__module__})
 
-
-def _blank(name: str, options: tuple[tuple[str, Any], ...]) -> Attention:
-    cls = _layer(name, options)
-    return cls.__new__(cls)
+copyreg.pickle(_Configured, lambda layer: (_layer, (layer.name, layer.options)))

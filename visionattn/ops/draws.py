@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +29,10 @@ def gaussian(heads: int, rows: int, dim: int, seed: int, how: str = "orthogonal"
     """
     if how not in DRAWS:
         raise ConfigError(f"draws: got {how!r}; accepted: {', '.join(DRAWS)}")
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = np.random.default_rng(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.from_numpy(generator.standard_normal(shape))
 
     if how == "iid":
         return normal(heads, rows, dim).bfloat16().float()

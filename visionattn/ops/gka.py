@@ -56,21 +56,18 @@ def attend(
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_causal: bool, dropout: float) -> Tensor:
     """Blocks of ``window`` queries attend to their own block and to the ones before and after it."""
-    B, H, N, D = q.shape
-    blocks = (N + window - 1) // window
-    spare = blocks * window - N
-    q = F.pad(q, [0, 0, 0, spare]).reshape(B * H, blocks, window, D)
-    bias = F.pad(k[..., 7:8], [0, 0, window, window + spare], value=never())
-    k = F.pad(k, [0, 0, window, window + spare])
+    bias = F.pad(k[..., 7:8], [0, 0, window, 2 * window], value=never())
+    k, v = (F.pad(x, [0, 0, window, 2 * window]) for x in (k, v))
     k = torch.cat((k[..., :7], bias, k[..., 8:]), -1)
-    v = F.pad(v, [0, 0, window, window + spare])
     k, v = (x.unfold(-2, 3 * window, window).transpose(-2, -1) for x in (k, v))
-    rows = torch.arange(window, device=q.device).unsqueeze(-1) + window
+    blocks = F.pad(q, [0, 0, 0, window]).unfold(-2, window, window).transpose(-2, -1)
+    rows = torch.arange(window, 2 * window, device=q.device).unsqueeze(-1)
     columns = torch.arange(3 * window, device=q.device)
     allowed = (columns - rows).abs() <= window
     if is_causal:
         allowed = allowed & (columns <= rows)
     mixed = F.scaled_dot_product_attention(
-        q, k.flatten(0, 1), v.flatten(0, 1), attn_mask=allowed, dropout_p=dropout, scale=1.0
+        blocks.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=allowed, dropout_p=dropout, scale=1.0
     )
-    return mixed.reshape(B, H, N + spare, -1)[:, :, :N]
+    tokens = torch.arange(q.shape[-2], device=q.device)
+    return mixed.flatten(1, 2).index_select(1, tokens).reshape(q.shape[:-1] + v.shape[-1:])

@@ -86,23 +86,21 @@ def tensorsketch_features(u: Tensor, sketches: Tensor) -> Tensor:
 
 def anchors(features: int, dim: int, seed: int) -> Tensor:
     """Draw unit vectors, (P, D)."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(features, dim, generator=generator, dtype=torch.float64, device="cpu")
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((features, dim)))
     return torch.nn.functional.normalize(drawn, dim=-1).bfloat16().float()
 
 
 def signs(features: int, dim: int, seed: int) -> Tensor:
     """Draw pairs of random signs, (2, P, D)."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randint(0, 2, (2, features, dim), generator=generator, device="cpu") * 2.0 - 1
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 2, (2, features, dim))) * 2.0 - 1
 
 
 def count_sketches(features: int, dim: int, seed: int) -> Tensor:
     """Draw two count sketches, (2, P, D): every entry of u goes, with a random sign, to one random feature."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    places = torch.randint(0, features, (2, 1, dim), generator=generator, device="cpu")
-    sign = torch.randint(0, 2, (2, 1, dim), generator=generator, device="cpu") * 2.0 - 1
-    return torch.zeros(2, features, dim).scatter(1, places, sign)
+    generator = np.random.default_rng(seed)
+    places = torch.from_numpy(generator.integers(0, features, (2, 1, dim)))
+    sign = torch.from_numpy(generator.integers(0, 2, (2, 1, dim))) * 2.0 - 1
+    return torch.zeros(2, features, dim, device="cpu").scatter(1, places, sign)
 
 
 def product(polynomial: Tensor, exponential: Tensor) -> Tensor:
