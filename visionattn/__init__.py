@@ -7,6 +7,16 @@ Importing the package registers every attention of :data:`visionattn.attention.A
 
 from visionattn import backbones
 from visionattn.attention import ATTENTION, attention_layer, exact_kernel
+from visionattn.blocks import HyperLinkBlock, MoEMlp, PreNormBlock
 
 __version__ = "0.1.0"
-__all__ = ["ATTENTION", "__version__", "attention_layer", "backbones", "exact_kernel"]
+__all__ = [
+    "ATTENTION",
+    "HyperLinkBlock",
+    "MoEMlp",
+    "PreNormBlock",
+    "__version__",
+    "attention_layer",
+    "backbones",
+    "exact_kernel",
+]

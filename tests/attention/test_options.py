@@ -38,6 +38,13 @@ def test_layer_unpickles_in_a_process_that_never_made_it() -> None:
     assert pickle.loads(stored).features == 7
 
 
+def test_layer_takes_a_class_and_adds_to_its_options() -> None:
+    layer = attention_layer(attention_layer("slay", poly="exact"), local=3)
+    assert layer is attention_layer("slay", local=3, poly="exact")
+    own = type("Own", (ATTENTION["elu"],), {})
+    assert issubclass(attention_layer(own, local=5), own)
+
+
 def test_layer_names_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match=r"slay has no option 'polly'.*nearest: poly"):
         attention_layer("slay", polly="exact")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from visionattn.backbones import classifier as module
 from visionattn.backbones.classifier import build_classifier, load_classifier, save_classifier
-from visionattn.errors import ConfigError, WeightsError
+from visionattn.errors import ConfigError, VisionAttnError, WeightsError
 
 CLASSES = ["cat", "dog", 'ünïcode "quoted"']
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
@@ -50,6 +50,16 @@ def rewrite(path, **changes):
         ("test_vit", {"drop_path_rate": 0.1}),
         ("test_convnext", {}),  # takes no img_size
         ("vit_tiny_patch16_224", SMALL | {"attn_layer": "ela_hadamard"}),
+        (
+            "vit_tiny_patch16_224",
+            SMALL
+            | {
+                "attn_layer": {"name": "slay", "poly": "exact", "features": 2},
+                "block_fn": {"name": "HyperLinkBlock", "memory": True},
+                "mlp_layer": {"name": "MoEMlp", "experts": 3},
+            },
+        ),
+        ("vit_tiny_patch16_224", SMALL | {"block_fn": "PreNormBlock", "mlp_layer": "MoEMlp"}),
         ("vit_tiny_patch16_224.augreg_in21k", SMALL | {"class_token": False, "global_pool": "avg"}),
     ],
 )
@@ -92,6 +102,17 @@ def test_a_failed_write_leaves_the_old_file(weights, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(build_classifier("test_vit", CLASSES, 32, {}), weights)
     assert weights.read_bytes() == before
+
+
+def test_parts_that_do_not_exist_are_named():
+    for options, message in (
+        ({"attn_layer": {"name": "slay", "polly": "exact"}}, "polly"),
+        ({"attn_layer": {"name": "slai"}}, "nearest: slay"),
+        ({"block_fn": "HyperLinkBlok"}, "nearest: HyperLinkBlock"),
+        ({"mlp_layer": {"name": "MoEMlp", "expert": 3}}, "nearest: experts"),
+    ):
+        with pytest.raises(VisionAttnError, match=message):
+            build_classifier("vit_tiny_patch16_224", CLASSES, 32, SMALL | options)
 
 
 class TestRefusedFiles:

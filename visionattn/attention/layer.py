@@ -10,7 +10,7 @@ from visionattn.attention.registry import ATTENTION
 from visionattn.errors import ConfigError, suggest
 
 
-def attention_layer(name: str, **options: Any) -> type[Attention]:
+def attention_layer(mechanism: str | type[Attention], **options: Any) -> type[Attention]:
     """Return a mechanism with some of its options set, a class that timm takes as ``attn_layer``.
 
     ::
@@ -18,18 +18,21 @@ def attention_layer(name: str, **options: Any) -> type[Attention]:
         timm.create_model("vit_tiny_patch16_224", attn_layer=visionattn.attention_layer("slay", poly="exact"))
 
     Args:
-        name: in :data:`~visionattn.attention.ATTENTION`.
+        mechanism: a name in :data:`~visionattn.attention.ATTENTION`, or a class, which may have options set already.
         **options: keyword arguments of the mechanism's class.
 
     Raises:
         UnknownNameError: no such mechanism.
-        ConfigError: no such option, or a value that cannot be hashed.
+        ConfigError: no such option.
     """
-    known = [*_options(ATTENTION[name])]
+    base: Any = ATTENTION[mechanism] if isinstance(mechanism, str) else mechanism
+    known = _options(base)
     for option in options:
         if option not in known:
-            raise ConfigError(f"{name} has no option {option!r}; {suggest(option, known)}")
-    return _layer(name, tuple(sorted(options.items()))) if options else ATTENTION[name]
+            raise ConfigError(f"{mechanism} has no option {option!r}; {suggest(option, known)}")
+    if isinstance(base, _Configured):
+        base, options = base.base, dict(base.options) | options
+    return _layer(base, tuple(sorted(options.items()))) if options else base
 
 
 def _options(cls: type[Attention]) -> set[str]:
@@ -45,23 +48,21 @@ def _options(cls: type[Attention]) -> set[str]:
 
 
 class _Configured(type):
-    """The class of classes that :func:`attention_layer` makes: pickled by name and options, as they have no module."""
+    """The class of classes that :func:`attention_layer` makes: pickled by base and options, as they have no module."""
 
-    name: str
+    base: type[Attention]
     options: tuple[tuple[str, Any], ...]
 
 
 @cache
-def _layer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    base = ATTENTION[name]
-
+def _layer(base: type[Attention], options: tuple[tuple[str, Any], ...]) -> Any:
     def construct(self: Attention, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **(dict(options) | kwargs))
 
     body = {"__init__": construct, "__module__": base.__module__, "__doc__": base.__doc__}
     layer = _Configured(base.__name__, (base,), body)
-    layer.name, layer.options = name, options
+    layer.base, layer.options = base, options
     return layer
 
 
-copyreg.pickle(_Configured, lambda layer: (_layer, (layer.name, layer.options)))
+copyreg.pickle(_Configured, lambda layer: (_layer, (layer.base, layer.options)))

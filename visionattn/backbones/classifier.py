@@ -14,6 +14,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import ATTN_LAYERS
 from torch import nn
 
+from visionattn.attention import attention_layer
+from visionattn.blocks import block_layer
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
 
 _FORMAT = "visionattn-classifier"
@@ -29,7 +31,8 @@ class Classifier:
     Attributes:
         model: takes images (B, 3, H, W), returns logits (B, C).
         name: of the model in timm.
-        kwargs: of ``timm.create_model``, besides ``num_classes``.
+        kwargs: of ``timm.create_model``, besides ``num_classes``. ``attn_layer``, ``block_fn`` and ``mlp_layer`` are
+            names of ours or of timm, or ``{"name": ..., option: ...}``.
         classes: names of the C classes, in order.
         data_config: of ``timm.data.create_transform``, which turns a PIL image into an input.
     """
@@ -118,7 +121,7 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
     path = Path(path)
     header = _read_header(path)
     try:
-        model = timm.create_model(header.name, num_classes=len(header.classes), **header.kwargs)
+        model = timm.create_model(header.name, num_classes=len(header.classes), **_parts(header.kwargs))
         load_model(model, str(path))
         create_transform(**header.data_config)
     except Exception as error:  # a model refuses what it likes
@@ -166,6 +169,18 @@ def _started(path: str, classes: list[str], imgsz: int, options: dict[str, Any])
     return Classifier(found.model, found.name, found.kwargs, classes, found.data_config)
 
 
+def _parts(options: dict[str, Any]) -> dict[str, Any]:
+    """Put classes in the place of what a file can hold: a name, or ``{name: ..., option: ...}``."""
+    found = dict(options)
+    for key, find in (("attn_layer", attention_layer), ("block_fn", block_layer), ("mlp_layer", block_layer)):
+        value = found.get(key)
+        if isinstance(value, str) and value not in ATTN_LAYERS:
+            found[key] = find(value)
+        elif isinstance(value, dict) and "name" in value:
+            found[key] = find(value["name"], **{option: value[option] for option in value if option != "name"})
+    return found
+
+
 def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
     if not timm.is_model(name):
         known = timm.list_models()
@@ -182,7 +197,7 @@ def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any])
     try:
         published = timm.get_pretrained_cfg(name)
         sized = {"img_size": imgsz} if published and published.fixed_input_size else {}
-        model = timm.create_model(name, num_classes=len(classes), **sized, **options)
+        model = timm.create_model(name, num_classes=len(classes), **sized, **_parts(options))
     except VisionAttnError:
         raise
     except Exception as error:  # a model refuses what it likes

@@ -4,10 +4,10 @@ Importing it makes our blocks known to Ultralytics' yaml parser. The import stan
 checkpoint is a pickle that imports the parents of the modules it names: loading one registers the blocks by itself.
 """
 
-from visionattn.detection.blocks import LAT
+from visionattn.detection.blocks import LAT, LATFeatures
 from visionattn.detection.registration import register
 
-register([LAT])
+register([LAT, LATFeatures])
 
 from visionattn.detection.loading import load_detector  # noqa: E402  (models need registered blocks)
 from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
@@ -19,6 +19,7 @@ __all__ = [
     "MODELS",
     "YOLOLAT",
     "ExactPredictor",
+    "LATFeatures",
     "ScoringPredictor",
     "build_detector",
     "check_options",

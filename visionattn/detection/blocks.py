@@ -1,10 +1,17 @@
-"""Blocks for Ultralytics' model yaml. They keep the number of channels, which the parser assumes of a foreign block."""
+"""Blocks for Ultralytics' model yaml.
 
+The parser assumes that a foreign block keeps the number of channels. ``LAT`` does; ``LATFeatures`` returns a list, from
+which ``Index`` rows pick.
+"""
+
+from collections.abc import Sequence
+
+import timm
 from torch import Tensor, nn
 from ultralytics.nn.modules import Conv
 
 from visionattn.attention import ATTENTION
-from visionattn.errors import ConfigError
+from visionattn.errors import ConfigError, UnknownNameError, suggest
 
 
 class LAT(nn.Module):
@@ -45,3 +52,32 @@ class LAT(nn.Module):
         mixed = self.attention(qkv.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (H, W))
         x = x + self.proj(mixed + self.local(qkv[:, 2 * C :]))
         return x + self.mlp(x)
+
+
+class LATFeatures(nn.Module):
+    """A hierarchical timm backbone, as the first row of a yaml: (B, 3, H, W) to the list of its maps.
+
+    Ultralytics' ``Index`` rows then pick the maps; their channels are literal, since the parser cannot know them::
+
+        backbone:
+          - [-1, 1, LATFeatures, [lat_nano]]
+          - [0, 1, Index, [64, 0]] # stride 8
+          - [0, 1, Index, [128, 1]] # stride 16
+          - [0, 1, Index, [256, 2]] # stride 32
+
+    Args:
+        name: a model of timm with ``features_only``, such as ``lat_nano``.
+        indices: the maps to return; by default those of strides 8, 16 and 32 of a ``lat``.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+    """
+
+    def __init__(self, name: str, indices: Sequence[int] = (1, 2, 3)) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise UnknownNameError(f"LATFeatures: unknown model {name!r}; {suggest(name, timm.list_models('lat_*'))}")
+        self.backbone = timm.create_model(name, features_only=True, out_indices=tuple(indices))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.backbone(x)

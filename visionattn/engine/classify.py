@@ -25,12 +25,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from visionattn.backbones.classifier import build_classifier, load_classifier, save_classifier
+from visionattn.blocks import balance_loss
 from visionattn.config import ClassifyConfig
 from visionattn.data import ClassificationData, build_augment, check_images, load_classification_data
 from visionattn.data.files import write_text
 from visionattn.engine.images import Images, check_input, seed_of
 from visionattn.engine.run import RunFolder, is_main_process
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
+
+_BALANCE = 0.01
+"""Weight of the balance loss of mixtures of experts, as in ELA's code; other models have none."""
 
 Row = dict[str, float]
 """What is known of an epoch; a line of ``results.csv``."""
@@ -180,7 +184,7 @@ class _Training:
         for step, (images, labels) in enumerate(self.train_loader, epoch * len(self.train_loader) + 1):
             inputs, targets = self.mixup(images, labels) if self.mixup else (images, labels)
             loss = self.loss(self.model(inputs), targets)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss + _BALANCE * balance_loss(self.model))
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:

@@ -1,0 +1,126 @@
+"""The report is whole, and so is the one that is published."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visionattn.attention import ATTENTION
+from visionattn.profiling import FidelityReport, fidelity
+from visionattn.profiling.protocols import Spread, plain
+from visionattn.profiling.sweep import best, sweep_slay
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "profiler.py"
+
+
+@pytest.fixture(scope="module")
+def published() -> FidelityReport:
+    return read(ROOT / "results" / "fidelity.json")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.CompletedProcess[str]", Path]:
+    folder = tmp_path_factory.mktemp("fidelity")
+    command = [sys.executable, TOOL, "fidelity", "--quick", "--output", "new/quick.json"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True), folder
+
+
+def read(path: Path) -> FidelityReport:
+    content = json.loads(path.read_text())
+    environment = content.pop("environment")
+    assert {"date", "command", "commit", "device", "platform", "versions"} <= set(environment)
+    return FidelityReport.model_validate(content)
+
+
+def test_command_line(quick: tuple["subprocess.CompletedProcess[str]", Path]) -> None:
+    done, folder = quick
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for words in ("│ uniform ", "│ x^2 ", "│ performer", "known figures are recovered", "written: new/quick.json"):
+        assert words in done.stdout
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*.json")] == ["new/quick.json"]
+    report = read(folder / "new" / "quick.json")
+    assert report.quick
+    check(report)
+
+
+def test_published_report(published: FidelityReport) -> None:
+    assert not published.quick
+    assert published.seeds >= 4
+    check(published)
+
+
+def check(report: FidelityReport) -> None:
+    assert len(report.figures) > 50
+    assert [figure.name for figure in report.figures if not figure.ok] == []
+    assert {row.mechanism for row in report.precision} == {*ATTENTION, "x^2"}
+    for row in report.precision:
+        assert row.error["float64"].mean < 1e-12, row.mechanism
+        assert row.error["float32"].mean < 1e-5, row.mechanism
+        assert max(row.error["float16"].mean, row.error["bfloat16"].mean) < 1e-2, row.mechanism
+    for table in report.tables:
+        assert [row.mechanism for row in table.rows[:2]] == ["uniform", "x^2"]
+        assert table.targets[-1] == "softmax"
+        for row in table.rows:
+            assert set(row.agreement) == set(table.targets)
+            assert all(math.isfinite(a.error.mean) and a.error.std > 0 for a in row.agreement.values())
+            assert all(abs(a.cosine.mean) <= 1 for a in row.agreement.values())
+    sizes = {row.features for table in report.tables for row in table.rows if row.mechanism == "slay"}
+    assert {128, 256, 512, 2048} <= sizes
+    for choice in report.sweep:
+        assert choice.size == choice.nodes * choice.features * choice.anchors
+        assert choice.size <= (choice.budget or math.inf)
+    assert {choice.budget for choice in report.sweep} == {64, 256, 1024, None}
+
+
+def test_a_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, TOOL, "fidelity", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --output {tmp_path} is a folder")
+
+
+def test_table_tells_near_from_far() -> None:
+    entries = [("uniform", {}), ("softmax", {}), ("performer", {"features": 4})]
+    table = fidelity.table(plain(8, 32), [("softmax", {})], entries, 3)
+    uniform, softmax, performer = (row.agreement["softmax"] for row in table.rows)
+    assert softmax.error.mean < 1e-12
+    assert softmax.cosine.mean == pytest.approx(1)
+    assert 0.3 < uniform.error.mean < 1
+    assert performer.error.mean > 0.3
+    assert [row.features for row in table.rows] == [1, None, 4]
+
+
+def test_a_mechanism_without_queries_is_compared_on_what_it_reads() -> None:
+    """At a bandwidth of D^(1/4), Gaussian kernel attention to vectors of one length is softmax attention."""
+    table = fidelity.table(plain(8, 32), [("softmax", {}), ("gka", {})], [("gka", {})], 2)
+    assert table.rows[0].agreement["gka"].error.mean < 1e-12
+
+
+def test_precision_grows_with_the_type() -> None:
+    (row,) = [row for row in fidelity.precision(plain(8, 32), 2) if row.mechanism == "ela_hadamard"]
+    errors = [row.error[dtype].mean for dtype in ("float64", "float32", "float16", "bfloat16")]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-14
+    assert errors[1] > 1e-9
+
+
+def test_sweep_finds_that_the_exact_map_wins_where_its_features_fit() -> None:
+    choices = sweep_slay(plain(8, 64), (0.5,), 2, most=256)
+    chosen = {(c.budget, c.poly) for c in best(choices)}
+    assert {(64, "anchor"), (256, "anchor"), (None, "exact")} <= chosen
+    assert not {budget for budget, poly in chosen if poly == "exact"} & {64}  # D (D + 1) / 2 for each of two draws
+    exact = min((c for c in choices if c.poly == "exact"), key=lambda c: c.error.mean)
+    anchor = min((c for c in choices if c.poly == "anchor"), key=lambda c: c.error.mean)
+    assert exact.error.mean < anchor.error.mean < anchor.uniform
+    assert exact.size == 36 * exact.nodes * exact.features
+
+
+def test_spread() -> None:
+    assert Spread.of([1.0, 3.0]) == Spread(mean=2, std=2**0.5)
+    assert Spread.of([5.0]) == Spread(mean=5, std=0)
+    assert json.loads(Spread(mean=0.123456789, std=0).model_dump_json())["mean"] == 0.12346
