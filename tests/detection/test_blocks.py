@@ -46,5 +46,5 @@ class ZeroBranch(nn.Module):
         super().__init__()
         self.width = width
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         return torch.zeros_like(x[..., : self.width] if self.width else x)

@@ -1,15 +1,20 @@
 """The report is whole, and so is the one that is published."""
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
 from visionattn.attention import ATTENTION
+from visionattn.errors import ConfigError
 from visionattn.profiling import FidelityReport, fidelity
+from visionattn.profiling.fidelity import describe
 from visionattn.profiling.protocols import Spread, plain
 from visionattn.profiling.sweep import best, sweep_slay
 
@@ -27,6 +32,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.Complet
     folder = tmp_path_factory.mktemp("fidelity")
     command = [sys.executable, TOOL, "fidelity", "--quick", "--output", "new/quick.json"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True), folder
+
+
+@pytest.fixture(scope="module")
+def profiler() -> ModuleType:
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("profiler_tool", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def read(path: Path) -> FidelityReport:
@@ -77,11 +93,23 @@ def check(report: FidelityReport) -> None:
     assert {choice.budget for choice in report.sweep} == {64, 256, 1024, None}
 
 
-def test_a_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    command = [sys.executable, TOOL, "fidelity", "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --output {tmp_path} is a folder")
+def test_a_folder_is_refused_before_anything_is_measured(profiler: ModuleType, tmp_path: Path) -> None:
+    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path)])
+    assert isinstance(done.exception, ConfigError)
+    assert "is a folder" in str(done.exception)
+    assert done.stdout == ""
+
+
+def test_a_missed_figure_is_named_and_the_exit_code_is_1(
+    profiler: ModuleType, published: FidelityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = published.figures[0].model_copy(update={"measured": 7.0})
+    report = published.model_copy(update={"figures": [wrong, *published.figures[1:]], "tables": published.tables[:1]})
+    monkeypatch.setattr(profiler, "measure_fidelity", lambda quick: report)
+    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path / "report.json")])
+    assert done.exit_code == 1
+    assert f"1 of {len(report.figures)} known figures are not recovered: {wrong.name}" in done.stdout.replace("\n", " ")
+    assert [figure.ok for figure in read(tmp_path / "report.json").figures].count(False) == 1
 
 
 def test_table_tells_near_from_far() -> None:
@@ -124,3 +152,24 @@ def test_spread() -> None:
     assert Spread.of([1.0, 3.0]) == Spread(mean=2, std=2**0.5)
     assert Spread.of([5.0]) == Spread(mean=5, std=0)
     assert json.loads(Spread(mean=0.123456789, std=0).model_dump_json())["mean"] == 0.12346
+
+
+def test_published_numbers_are_those_of_the_report(published: FidelityReport) -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    settings = ((2, 16, 8), (1, 16, 16), (1, 32, 32))
+    for protocol in dict.fromkeys(choice.protocol for choice in published.settings):
+        found = {
+            (c.nodes, c.features, c.anchors): c
+            for c in published.settings
+            if c.protocol == protocol and c.epsilon == 0.5
+        }
+        first = found[settings[0]]
+        errors = [first.uniform, first.square, *(found[setting].error.mean for setting in settings)]
+        assert f"| {protocol} | {' | '.join(f'{error:.3f}' for error in errors)} |" in text
+    for dim in (16, 64):
+        (table,) = [
+            t for t in published.tables if t.protocol.startswith(f"plain, head width {dim},") and len(t.targets) == 1
+        ]
+        rows = {describe(row.mechanism, row.options): row.agreement["softmax"].error.mean for row in table.rows}
+        performer, uniform = rows["performer features=256 draws=orthogonal"], rows["uniform"]
+        assert f"{performer:.2f} with heads of {dim} (uniform attention: {uniform:.2f})" in " ".join(text.split())

@@ -224,10 +224,9 @@ def allowed(pairs: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
 
 def _full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Features are computed in the precision that a mechanism chooses; autocast would round them under its hands."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _norm(norm_layer: type[nn.Module] | None, width: int, factory: dict[str, Any]) -> nn.Module:

@@ -56,10 +56,10 @@ class _Configured(type):
 
 @cache
 def _layer(base: type[Attention], options: tuple[tuple[str, Any], ...]) -> Any:
-    def construct(self: Attention, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **(dict(options) | kwargs))
+    def construct(cls: type, *args: Any, **kwargs: Any) -> Attention:
+        return base(*args, **(dict(options) | kwargs))  # an ordinary instance: it pickles, and loads as data
 
-    body = {"__init__": construct, "__module__": base.__module__, "__doc__": base.__doc__}
+    body = {"__new__": construct, "__module__": base.__module__, "__doc__": base.__doc__}
     layer = _Configured(base.__name__, (base,), body)
     layer.base, layer.options = base, options
     return layer

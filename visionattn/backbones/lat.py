@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from visionattn.attention import ATTENTION
+from visionattn.attention import Attention, attention_layer
 from visionattn.errors import ConfigError
 
 ATTENTION_OF_STAGES = ("ela_hadamard", "ela_hadamard", "ela_hadamard", "softmax")
@@ -42,7 +42,7 @@ class LatBlock(nn.Module):
     Args:
         dim: channels C.
         head_dim: channels of a head; must divide ``dim``.
-        attention: a name in :data:`visionattn.attention.ATTENTION`.
+        attention: a name or class in :data:`visionattn.attention.ATTENTION`, or of ``attention_layer``.
         local: side of the depthwise convolution on the attention's values, 0 for none.
         mlp_ratio: hidden width of the perceptron over ``dim``.
         drop_path: probability of leaving out the attention or the perceptron for an image of the batch.
@@ -58,7 +58,7 @@ class LatBlock(nn.Module):
         self,
         dim: int,
         head_dim: int = 32,
-        attention: str = "ela_hadamard",
+        attention: str | type[Attention] = "ela_hadamard",
         local: int = 3,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
@@ -71,7 +71,8 @@ class LatBlock(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
         self.norm1 = LayerNorm(dim, **factory)
-        self.attn = ATTENTION[attention](dim, dim // head_dim, qkv_bias=True, local=local, **factory)
+        layer = attention_layer(attention, local=local)
+        self.attn = layer(dim, dim // head_dim, qkv_bias=True, **factory)
         self.norm2 = LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path)
@@ -106,7 +107,7 @@ class Lat(nn.Module):
     Args:
         widths: channels of the four stages; ``head_dim`` must divide them.
         depths: blocks of the four stages.
-        attention: mechanism of all stages, or of each of the four; names in :data:`visionattn.attention.ATTENTION`.
+        attention: mechanism of all stages, or of each of the four; see :class:`LatBlock`.
         head_dim: channels of a head.
         mlp_ratio: hidden width of a perceptron over the width.
         local: side of the depthwise convolution on the attention's values, 0 for none.
@@ -127,7 +128,7 @@ class Lat(nn.Module):
         self,
         widths: Sequence[int] = (32, 64, 128, 256),
         depths: Sequence[int] = (2, 2, 6, 2),
-        attention: str | Sequence[str] = ATTENTION_OF_STAGES,
+        attention: str | type[Attention] | Sequence[str | type[Attention]] = ATTENTION_OF_STAGES,
         head_dim: int = 32,
         mlp_ratio: float = 4.0,
         local: int = 3,
@@ -140,10 +141,10 @@ class Lat(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        names = [attention] * len(widths) if isinstance(attention, str) else list(attention)
-        if len(names) != len(widths):
+        layers = [attention] * len(widths) if isinstance(attention, str | type) else list(attention)
+        if len(layers) != len(widths):
             raise ConfigError(
-                f"attention: got {len(names)} names, accepted: one, or one for each of {len(widths)} stages"
+                f"attention: got {len(layers)} names, accepted: one, or one for each of {len(widths)} stages"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans = num_classes, in_chans
@@ -154,7 +155,7 @@ class Lat(nn.Module):
         self.stages = nn.Sequential()
         self.feature_info = []
         for i, width in enumerate(widths):
-            blocks = [LatBlock(width, head_dim, names[i], local, mlp_ratio, drop, **factory) for drop in drops[i]]
+            blocks = [LatBlock(width, head_dim, layers[i], local, mlp_ratio, drop, **factory) for drop in drops[i]]
             self.stages.append(LatStage(widths[max(i - 1, 0)], width, 2 if i else 1, blocks, factory))
             self.feature_info.append({"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.num_features = widths[-1]

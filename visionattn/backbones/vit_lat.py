@@ -15,7 +15,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from visionattn.attention import ATTENTION, attention_layer
+from visionattn.attention import ATTENTION, Attention, attention_layer
 from visionattn.blocks import PreNormBlock
 from visionattn.errors import ConfigError
 
@@ -34,9 +34,9 @@ class VitLat(VisionTransformer):
     twelve in a row reach over 25 patches, more than the 14 of an image of 224 pixels.
 
     Args:
-        attn_layer: mechanism. A name or class in :data:`visionattn.attention.ATTENTION` gets the convolution; any other
-            class, and timm's own names, are taken as they are, and may need ``pos_embed="learn"`` to see positions.
-        local: side of the depthwise convolution on the values, 0 for none.
+        attn_layer: a name in :data:`visionattn.attention.ATTENTION`, a class of ours, or whatever else timm takes;
+            the latter has no convolution and may need ``pos_embed="learn"`` to see positions.
+        local: side of the depthwise convolution on the values, 0 for none; a class that sets its own keeps it.
         block_fn: block whose ``forward`` takes ``grid``, such as those in :mod:`visionattn.blocks`.
         global_pool: as in timm, like all that follows and is not named here.
         class_token: add a class token.
@@ -127,10 +127,12 @@ class VitLat(VisionTransformer):
 
 
 def _with_convolution(layer: str | type[nn.Module], side: int) -> str | type[nn.Module]:
-    for name, known in ATTENTION.items():
-        if layer in (name, known):
-            return attention_layer(name, local=side)
-    return layer
+    if isinstance(layer, str):
+        return attention_layer(layer, local=side) if layer in ATTENTION else layer
+    if not issubclass(layer, Attention):
+        return layer
+    set_already = dict(getattr(layer, "options", ()))
+    return attention_layer(layer, **{"local": side} | set_already)
 
 
 _CFG = {"first_conv": "patch_embed.proj", "classifier": "head", "license": "agpl-3.0"}

@@ -40,8 +40,8 @@ class LAT(nn.Module):
         if c % head_dim:
             raise ConfigError(f"LAT: c={c} is not divisible by head_dim={head_dim}; choose a head_dim that divides it")
         hidden = int(c * mlp_ratio)
-        self.qkv = Conv(c, 3 * c, 1, act=False)
         self.attention = ATTENTION[attention](c, c // head_dim, projections=False)
+        self.qkv = Conv(c, self.attention.streams * c, 1, act=False)
         self.local = Conv(c, c, kernel_size, g=c, act=False)
         self.proj = Conv(c, c, 1, act=False)
         self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False))
@@ -49,8 +49,8 @@ class LAT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, C, H, W = x.shape
         qkv = self.qkv(x)
-        mixed = self.attention(qkv.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (H, W))
-        x = x + self.proj(mixed + self.local(qkv[:, 2 * C :]))
+        mixed = self.attention(qkv.flatten(2).transpose(1, 2), grid=(H, W)).transpose(1, 2).unflatten(2, (H, W))
+        x = x + self.proj(mixed + self.local(qkv[:, -C:]))
         return x + self.mlp(x)
 
 
