@@ -1,5 +1,6 @@
 """Numbers in the README are those of the result files, and its commands name files that exist."""
 
+import csv
 import hashlib
 import json
 import re
@@ -60,3 +61,13 @@ def test_shipped_weights_are_those_that_were_scored(name: str) -> None:
     report = json.loads((ROOT / "results" / folder / "yolo-lat-n-seed0.json").read_text())
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == report["sha256"]
     assert set(load_detector(weights).names.values()) == set(report["scores"]["per_class"])
+
+
+def test_figures_of_the_stages_are_those_of_the_file() -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    section = text.split("## Attention in the stages")[1].split("\n## ")[0]
+    shown = [float(number) for number in re.findall(r"\| (0\.\d{4}) \|", section)]
+    for name, top1 in zip(["uniform", "linear", "softmax1", "softmax", "softmax2"], shown, strict=True):
+        with (ROOT / "results" / "lat_stages" / f"{name}-seed0.csv").open() as file:
+            rows = {int(row["epoch"]): float(row["top1"]) for row in csv.DictReader(file)}
+        assert round(rows[11], 4) == top1, name

@@ -56,7 +56,7 @@ def test_training_needs_no_square_matrix(name: str, causal: bool) -> None:
     if causal and isinstance(attention, LinearAttention):
         bound += 4 * tokens * 32 * (features * 4 + 64)  # what chunks keep of their pairs
     if name.startswith("yat"):
-        bound += 4 * tokens * 512 * 8  # a block of queries
+        bound += 4 * tokens * 512 * 10  # a block of queries, several times over
     assert peak < min(bound, 3 * 4 * tokens**2), f"{peak / 2**20:.0f} MiB of {bound / 2**20:.0f}"
 
 

@@ -15,7 +15,8 @@ def test_block_attends_over_the_map_with_its_kernel(name: str, grid: tuple[int, 
     block.proj, block.mlp = nn.Identity(), ZeroBranch()
     nn.init.zeros_(block.local.conv.weight)
     x = torch.randn(2, 16, *grid, dtype=torch.float64)
-    q, k, v = (part.flatten(2).unflatten(1, (2, 8)).transpose(-2, -1) for part in block.qkv(x).chunk(3, 1))
+    parts = block.qkv(x).split(16, 1) * (3 // block.attention.streams)
+    q, k, v = (part.flatten(2).unflatten(1, (2, 8)).transpose(-2, -1) for part in parts)
     expected = x + block.attention.reference(q, k, v).transpose(-2, -1).reshape(2, 16, *grid)
     torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
 

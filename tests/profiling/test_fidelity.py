@@ -17,6 +17,7 @@ from visionattn.profiling import FidelityReport, fidelity
 from visionattn.profiling.fidelity import describe
 from visionattn.profiling.protocols import Spread, plain
 from visionattn.profiling.sweep import best, sweep_slay
+from visionattn.profiling.tables import Grid, fidelity_grids
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "profiler.py"
@@ -56,9 +57,16 @@ def test_command_line(quick: tuple["subprocess.CompletedProcess[str]", Path]) ->
     done, folder = quick
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for words in ("│ uniform ", "│ x^2 ", "│ performer", "known figures are recovered", "written: new/quick.json"):
+    for words in (
+        "│ uniform ",
+        "│ x^2 ",
+        "│ performer",
+        "known figures are recovered",
+        "written: new/quick.json, new/quick.md",
+    ):
         assert words in done.stdout
-    assert [str(p.relative_to(folder)) for p in folder.rglob("*.json")] == ["new/quick.json"]
+    assert sorted(p.name for p in (folder / "new").iterdir()) == ["quick.json", "quick.md"]
+    assert [p.name for p in folder.iterdir()] == ["new"]
     report = read(folder / "new" / "quick.json")
     assert report.quick
     check(report)
@@ -68,6 +76,18 @@ def test_published_report(published: FidelityReport) -> None:
     assert not published.quick
     assert published.seeds >= 4
     check(published)
+
+
+def test_published_tables_are_those_of_the_report(published: FidelityReport) -> None:
+    text = (ROOT / "results" / "fidelity.md").read_text()
+    assert all(grid.markdown() in text for grid in fidelity_grids(published))
+    assert text.count("\n## ") == len(fidelity_grids(published))
+
+
+def test_grid() -> None:
+    grid = Grid("Title", ("a", "b"), [("1", "2")])
+    assert grid.markdown() == "## Title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert (grid.rich().title, grid.rich().row_count) == ("Title", 1)
 
 
 def check(report: FidelityReport) -> None:
@@ -93,11 +113,15 @@ def check(report: FidelityReport) -> None:
     assert {choice.budget for choice in report.sweep} == {64, 256, 1024, None}
 
 
-def test_a_folder_is_refused_before_anything_is_measured(profiler: ModuleType, tmp_path: Path) -> None:
-    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path)])
+@pytest.mark.parametrize(("name", "reason"), [("", "is a folder"), ("report.md", "is no .json file")])
+def test_outputs_are_refused_before_anything_is_measured(
+    profiler: ModuleType, tmp_path: Path, name: str, reason: str
+) -> None:
+    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path / name)])
     assert isinstance(done.exception, ConfigError)
-    assert "is a folder" in str(done.exception)
+    assert reason in str(done.exception)
     assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missed_figure_is_named_and_the_exit_code_is_1(
@@ -110,6 +134,7 @@ def test_a_missed_figure_is_named_and_the_exit_code_is_1(
     assert done.exit_code == 1
     assert f"1 of {len(report.figures)} known figures are not recovered: {wrong.name}" in done.stdout.replace("\n", " ")
     assert [figure.ok for figure in read(tmp_path / "report.json").figures].count(False) == 1
+    assert (tmp_path / "report.md").read_text().count("| MISSED |") == 1
 
 
 def test_table_tells_near_from_far() -> None:
@@ -139,6 +164,9 @@ def test_precision_grows_with_the_type() -> None:
 
 def test_sweep_finds_that_the_exact_map_wins_where_its_features_fit() -> None:
     choices = sweep_slay(plain(8, 64), (0.5,), 2, most=256)
+    for c in best(choices):
+        fitting = [o.error.mean for o in choices if o.poly == c.poly and o.size <= (c.budget or math.inf)]
+        assert c.error.mean == min(fitting)
     chosen = {(c.budget, c.poly) for c in best(choices)}
     assert {(64, "anchor"), (256, "anchor"), (None, "exact")} <= chosen
     assert not {budget for budget, poly in chosen if poly == "exact"} & {64}  # D (D + 1) / 2 for each of two draws
@@ -149,9 +177,9 @@ def test_sweep_finds_that_the_exact_map_wins_where_its_features_fit() -> None:
 
 
 def test_spread() -> None:
-    assert Spread.of([1.0, 3.0]) == Spread(mean=2, std=2**0.5)
+    assert Spread.of([1.0, 3.0]).model_dump() == {"mean": 2, "std": 1.4142}
     assert Spread.of([5.0]) == Spread(mean=5, std=0)
-    assert json.loads(Spread(mean=0.123456789, std=0).model_dump_json())["mean"] == 0.12346
+    assert Spread(mean=0.123456789, std=0).mean == 0.12346
 
 
 def test_published_numbers_are_those_of_the_report(published: FidelityReport) -> None:

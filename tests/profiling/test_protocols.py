@@ -60,7 +60,7 @@ def test_truth_is_the_target(inputs: Inputs) -> None:
 def test_the_control_is_the_squared_cosine(inputs: Inputs) -> None:
     layer = build("x^2", {}, inputs, 0)
     assert isinstance(layer, SQUARE)
-    assert deviation(output(layer, inputs), weighted(cosines(inputs) ** 2, inputs))[0] < 1e-6
+    assert deviation(output(layer, inputs), weighted(cosines(inputs) ** 2, inputs))[0] < 1e-12
 
 
 def test_inputs_are_not_the_draws() -> None:

@@ -10,6 +10,7 @@ from visionattn.attention.base import Attention, key_mask
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.ops import gka
 from visionattn.ops.cache import Cache, extended
+from visionattn.ops.precision import widen
 
 
 class GaussianKernelAttention(Attention):
@@ -56,6 +57,10 @@ class GaussianKernelAttention(Attention):
         """Set the bandwidth to sqrt(D) / 2."""
         self.log_bandwidth.fill_(math.log(self.head_dim**0.5 / 2))
 
+    def bandwidth(self) -> Tensor:
+        """Return s of each head, (heads,), in float32 at least."""
+        return widen(self.log_bandwidth).exp()
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, _ = x.shape
         x = x.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
@@ -71,16 +76,16 @@ class GaussianKernelAttention(Attention):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
-        return gka.attend(q, v, self.log_bandwidth.exp(), key_mask(attn_mask), is_causal, self.window, dropout)
+        return gka.attend(q, v, self.bandwidth(), key_mask(attn_mask), is_causal, self.window, dropout)
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         state = extended(state, k, v)
         if self.window:
             state = Cache(state.k[..., -self.window - 1 :, :], state.v[..., -self.window - 1 :, :])
-        return gka.attend(q, state.v, self.log_bandwidth.exp()), state
+        return gka.attend(q, state.v, self.bandwidth()), state
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
-        logs = gka.log_kernel(q, k, self.log_bandwidth.exp())
+        logs = gka.log_kernel(q, k, self.bandwidth())
         places = torch.arange(q.shape[-2], device=q.device)
         far = (places.unsqueeze(-1) - places).abs() > (self.window or q.shape[-2])
         return logs.masked_fill(far, float("-inf"))

@@ -1,4 +1,4 @@
-"""Hierarchical vision transformers with linear attention where tokens are many: ``lat_{nano,tiny,small,base}``.
+"""Hierarchical vision transformers with linear attention: ``lat_{nano,tiny,small,base}``.
 
 Four stages at strides 4, 8, 16 and 32, any image size, and feature maps for detection and segmentation:
 
@@ -26,9 +26,6 @@ from torch import Tensor, nn
 
 from visionattn.attention import Attention, attention_layer
 from visionattn.errors import ConfigError
-
-ATTENTION_OF_STAGES = ("ela_hadamard", "ela_hadamard", "ela_hadamard", "softmax")
-"""The default mechanisms of the four stages, of N / 16, N / 64, N / 256 and N / 1024 tokens for N pixels."""
 
 
 class LatBlock(nn.Module):
@@ -128,7 +125,7 @@ class Lat(nn.Module):
         self,
         widths: Sequence[int] = (32, 64, 128, 256),
         depths: Sequence[int] = (2, 2, 6, 2),
-        attention: str | type[Attention] | Sequence[str | type[Attention]] = ATTENTION_OF_STAGES,
+        attention: str | type[Attention] | Sequence[str | type[Attention]] = "ela_hadamard",
         head_dim: int = 32,
         mlp_ratio: float = 4.0,
         local: int = 3,

@@ -41,7 +41,7 @@ def attend(
         window: attend to tokens at most so many places away; 0 for all.
         dropout: probability of dropping an attention weight.
     """
-    wide, inverse = outcast(widen(x), keep), 1 / widen(bandwidth).to(widen(x).dtype).view(-1, 1, 1)
+    wide, inverse = outcast(widen(x), keep), 1 / bandwidth.to(widen(x).dtype).view(-1, 1, 1)
     middle = wide.mean(-2, keepdim=True).detach()
     queries, keys = (widen(q) - middle) * inverse, (wide - middle) * inverse
     bias = outcast(-keys.square().sum(-1, keepdim=True) / 2, keep, never())

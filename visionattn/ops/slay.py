@@ -50,7 +50,7 @@ def exact_features(u: Tensor) -> Tensor:
     """Return the D (D + 1) / 2 products of entries, whose inner product is x^2 exactly."""
     D = u.shape[-1]
     pairs = torch.triu_indices(D, D, device=u.device)
-    weights = torch.where(pairs[0] == pairs[1], 1.0, math.sqrt(2)).to(u.dtype)
+    weights = (2 - (pairs[0] == pairs[1]).to(u.dtype)).sqrt()
     return u.index_select(-1, pairs[0]) * u.index_select(-1, pairs[1]) * weights
 
 

@@ -101,7 +101,8 @@ def measure_fidelity(quick: bool = False) -> FidelityReport:
     """Measure everything; on two CPU cores a few minutes, or seconds if ``quick``."""
     seeds = 2 if quick else 4
     widths = (16,) if quick else (16, 64)
-    ablations = [ablation(n, bias) for bias in (True, False) for n in ((128,) if quick else (128, 256, 512))]
+    lengths = ((False, 128),) if quick else ((bias, n) for bias in (True, False) for n in (128, 256, 512))
+    ablations = [ablation(n, bias) for bias, n in lengths]
     epsilons = (0.5,) if quick else (1e-3, 0.1, 0.5, 1.0)
     swept = [plain(16)] if quick else [law(d) for law in (plain, _ablation, clustered) for d in (16, 32, 64)]
     tables = [table(protocol, [SOFTMAX], softmax_entries(), seeds) for protocol in [*map(plain, widths), *ablations]]
@@ -109,7 +110,7 @@ def measure_fidelity(quick: bool = False) -> FidelityReport:
         tables += [
             table(protocol, [("yat_spherical", {"epsilon": epsilon}), SOFTMAX], slay_entries(epsilon), seeds)
             for protocol in protocols
-            for epsilon in values
+            for epsilon in values[: 1 if quick else None]
         ]
     sweep, settings = list[Choice](), list[Choice]()
     for protocol in swept:
