@@ -6,8 +6,8 @@ Importing the package registers every attention of :data:`visionattn.attention.A
 """
 
 from visionattn import backbones
-from visionattn.attention import ATTENTION, attention_layer, exact_kernel
-from visionattn.blocks import HyperLinkBlock, MoEMlp, PreNormBlock
+from visionattn.attention import ATTENTION, attention_layer, exact_kernel, whiten
+from visionattn.blocks import HyperLinkBlock, MoEMlp, PreNormBlock, balance_loss, block_layer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,5 +18,8 @@ __all__ = [
     "__version__",
     "attention_layer",
     "backbones",
+    "balance_loss",
+    "block_layer",
     "exact_kernel",
+    "whiten",
 ]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from visionattn.attention import ATTENTION
+from visionattn.attention.layer import _options
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "attention.md").read_text()
@@ -16,7 +17,13 @@ FILES = {match[1]: block for block in BLOCKS if (match := re.match(r"# (visionat
 
 
 def test_every_mechanism_has_its_row() -> None:
-    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(ATTENTION)
+    table = PAGE.split("## Using one")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(ATTENTION)
+
+
+def test_every_option_is_named() -> None:
+    named = set(re.findall(r"`(\w+)`", PAGE.split("| option | of |")[1].split("\n\n")[0]))
+    assert set().union(*(_options(cls) for cls in ATTENTION.values())) <= named
 
 
 def test_examples_run() -> None:

@@ -86,6 +86,33 @@ def test_exact_kernel_is_the_kernel_it_was_given() -> None:
     torch.testing.assert_close(scripted(x), attention(x))
 
 
+def test_exact_kernel_survives_pickling_and_trains_its_maps() -> None:
+    layer = exact_kernel(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Softplus()), positive_part)
+    model = torch.nn.Sequential(layer(24, 3), layer(24, 3))
+    assert {"0.phi.0.weight", "1.phi.0.weight"} <= {name for name, _ in model.named_parameters()}
+    assert model[0].phi is not model[1].phi
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+    model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def positive_part(x: Tensor) -> Tensor:
+    return x[..., :4].relu() + 0.1
+
+
+def test_step_takes_one_token() -> None:
+    attention = ATTENTION["elu"](24, 3)
+    with pytest.raises(UnsupportedError, match=r"got \(1, 2, 24\)"):
+        attention.step(torch.randn(1, 2, 24))
+
+
+def test_repr_shows_the_options() -> None:
+    shown = repr(attention_layer("slay", poly="exact", features=3)(24, 3))
+    assert "poly='exact', " in shown
+    assert "features=3" in shown
+
+
 def same(x: Tensor) -> Tensor:
     return x
 

@@ -74,7 +74,7 @@ def test_a_block_by_hand(grid: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_every_attention_trains_on_rectangles(name: str) -> None:
-    model = make(attention=name).train()
+    model = make(attn_layer=name).train()
     assert all(isinstance(b.attn, ATTENTION[name]) for b in model.modules() if isinstance(b, LatBlock))
     for height, width in ((64, 96), (40, 33)):
         model.zero_grad()
@@ -156,11 +156,11 @@ def test_pooling_and_head_can_be_replaced() -> None:
 
 def test_mechanisms_of_the_stages() -> None:
     names = ["elu", "ela_hadamard", "softmax", "relu"]
-    assert [type(stage.blocks[0].attn) for stage in make(attention=names).stages] == [ATTENTION[n] for n in names]
+    assert [type(stage.blocks[0].attn) for stage in make(attn_layer=names).stages] == [ATTENTION[n] for n in names]
     with pytest.raises(ConfigError, match=r"got 2 names.*4 stages"):
-        make(attention=("elu", "softmax"))
+        make(attn_layer=("elu", "softmax"))
     with pytest.raises(UnknownNameError, match="nearest: softmax"):
-        make(attention="softmac")
+        make(attn_layer="softmac")
     with pytest.raises(ConfigError, match="head_dim=12 does not divide the width 16"):
         make(head_dim=12)
 
@@ -206,7 +206,7 @@ def test_exported_model_takes_other_sizes() -> None:
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_init_weights_leaves_nothing_unset(name: str) -> None:
-    model = make(attention=name, device="meta").to_empty(device="cpu")
+    model = make(attn_layer=name, device="meta").to_empty(device="cpu")
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for tensor in tensors.values():
@@ -218,7 +218,7 @@ def test_init_weights_leaves_nothing_unset(name: str) -> None:
 
 
 def test_a_saved_model_is_built_again(tmp_path) -> None:
-    model = make(attention=("elu", "elu", "softmax", "softmax"), local=5)
+    model = make(attn_layer=("elu", "elu", "softmax", "softmax"), local=5)
     model.reset_classifier(3)
     save_for_hf(model, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

@@ -221,7 +221,6 @@ def test_a_resized_model_is_saved_and_built_again(tmp_path) -> None:
 
 
 def test_a_class_keeps_the_options_that_it_sets() -> None:
-    assert make(attn_layer=attention_layer("softmax", local=5)).blocks[0].attn.local.kernel_size == (5, 5)
     attention = make(attn_layer=attention_layer("gka", window=2)).blocks[0].attn
     assert (attention.window, attention.local.kernel_size) == (2, (3, 3))
     assert not isinstance(make(attn_layer="attn", pos_embed="learn").blocks[0].attn, Attention)

@@ -68,8 +68,8 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}; choose heads that divide it")
-        if local and local % 2 == 0:
-            raise ConfigError(f"local={local}: got an even side; give an odd one, or 0 for no convolution")
+        if local < 0 or (local and local % 2 == 0):
+            raise ConfigError(f"local={local}; give an odd side, or 0 for no convolution")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.qkv = self._input_projection(qkv_bias, factory) if projections else nn.Identity()
@@ -124,8 +124,10 @@ class Attention(nn.Module):
             The token's output, (B, 1, dim), and the state for the next step.
 
         Raises:
-            UnsupportedError: the module has a ``local`` convolution.
+            UnsupportedError: ``x`` is not one token, or the module has a ``local`` convolution.
         """
+        if x.dim() != 3 or x.shape[1] != 1:
+            raise UnsupportedError(f"step: got {tuple(x.shape)}; give one token, (B, 1, {self.dim}), after another")
         if self.local is not None:
             raise UnsupportedError("step: a local convolution sees tokens to come; use local=0")
         q, k, v = self.project(x)
@@ -142,6 +144,11 @@ class Attention(nn.Module):
     def target(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention by the exact kernel that random features estimate; without such features, the reference."""
         return softmax_over(self.log_target(q, k)) @ v
+
+    def extra_repr(self) -> str:
+        """Show the options in ``repr``."""
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, str | int | float)}
+        return ", ".join(f"{key}={value!r}" for key, value in plain.items() if key != "training" and key[0] != "_")
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """Logarithm of the kernel of all pairs, (B, H, N, D) twice to (B, H, N, N), up to a constant a query."""

@@ -54,7 +54,7 @@ class CosformerAttention(PositiveAttention):
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self.axes != 1 or not self.max_tokens:
-            raise UnsupportedError("cosformer: step needs a fixed length; set axes=1 and max_tokens")
+            raise UnsupportedError("cosformer: step needs a fixed length, on one axis; set max_tokens, with axes=1")
         tokens, summary = (0, None) if state is None else state
         if tokens == self.max_tokens:
             raise UnsupportedError(f"cosformer: step {tokens + 1} is beyond max_tokens={self.max_tokens}; set more")

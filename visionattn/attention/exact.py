@@ -1,10 +1,12 @@
 """The recipe of ELA: a new exact linear attention from the two feature maps of a kernel."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from visionattn.attention.layer import attention_layer
 from visionattn.attention.linear import SignedAttention
 from visionattn.errors import ConfigError
 from visionattn.ops.criteria import KernelReport, Map, check_kernel
@@ -17,9 +19,11 @@ class ExactKernelAttention(SignedAttention):
     Features are computed in float32 at least, and not scaled: a map that overflows there does so here.
     """
 
-    phi: Map
-    psi: Map
     report: KernelReport | None = None
+
+    def __init__(self, dim: int, num_heads: int = 8, *args: Any, phi: Map, psi: Map, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, *args, **kwargs)
+        self.phi, self.psi = (deepcopy(x) if isinstance(x, nn.Module) else x for x in (phi, psi))
 
     def queries(self, q: Tensor) -> Tensor:
         return self.phi(widen(q))
@@ -37,38 +41,28 @@ def exact_kernel(
     *,
     kernel: Callable[[Tensor, Tensor], Tensor] | None = None,
     meaning: str = "",
+    dim: int = 16,
 ) -> type[ExactKernelAttention]:
     """Make a linear attention of the kernel ``k(q, k) = phi(q).psi(k)``, a class that timm takes as ``attn_layer``.
 
-    ::
-
-        def quadratic(x):  # (1 + |x|^2)-weighted direction ...
-            return torch.cat((x.square(), torch.ones_like(x[..., :1])), -1)
-
-        layer = exact_kernel(quadratic, quadratic, kernel=lambda q, k: (q.square() * k.square()).sum(-1) + 1,
-                             meaning="large where the same entries are large, whatever their sign")
-        timm.create_model("vit_tiny_patch16_224", attn_layer=layer)
+    docs/attention.md has an example.
 
     Args:
-        phi: of queries, (..., D) to (..., F).
-        psi: of keys, (..., D) to (..., F).
+        phi: of queries, (..., D) to (..., F); a function, or a module, of which every layer gets a copy.
+        psi: of keys, (..., D) to (..., F), likewise.
         kernel: the kernel of one pair, written independently, q, k of (..., D) to (...). With it, the four criteria of
             the paper are checked (:func:`~visionattn.ops.criteria.check_kernel`), and the report kept as ``report``.
         meaning: the geometric meaning; needed with ``kernel``.
+        dim: width that the criteria are tried at, in float64.
 
     Raises:
         ConfigError: a criterion is not met.
     """
     report = None
     if kernel is not None:
-        report = check_kernel(phi, psi, kernel, meaning)
+        report = check_kernel(phi, psi, kernel, meaning, dim)
         if report.failures:
             raise ConfigError(f"exact_kernel: {'; '.join(report.failures)}; see docs/attention.md for the criteria")
-    body: dict[str, Any] = {
-        "phi": staticmethod(phi),
-        "psi": staticmethod(psi),
-        "report": report,
-        "__module__": __name__,
-        "__doc__": meaning or ExactKernelAttention.__doc__,
-    }
-    return type("ExactKernelAttention", (ExactKernelAttention,), body)
+    layer: Any = attention_layer(ExactKernelAttention, phi=phi, psi=psi)
+    layer.report = report
+    return layer

@@ -9,12 +9,10 @@ from torch import Tensor
 from visionattn.attention.base import allowed
 from visionattn.attention.features import RandomFeatures, at_least_one
 from visionattn.attention.linear import LinearAttention
-from visionattn.errors import ConfigError
+from visionattn.errors import ConfigError, suggest
 from visionattn.ops import positive, signed, slay, yat
 from visionattn.ops.draws import gaussian
 from visionattn.ops.scan import Family
-
-POLYNOMIALS = ("anchor", "exact", "nystrom", "maclaurin", "tensorsketch")
 
 
 class SlayAttention(RandomFeatures, LinearAttention):
@@ -70,12 +68,13 @@ class SlayAttention(RandomFeatures, LinearAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
-        if poly not in POLYNOMIALS:
-            raise ConfigError(f"slay: poly={poly!r}; accepted: {', '.join(POLYNOMIALS)}")
+        if poly not in slay.POLYNOMIALS:
+            raise ConfigError(f"slay: poly={poly!r}; {suggest(str(poly), slay.POLYNOMIALS)}")
         if epsilon <= 0:
             raise ConfigError(f"slay: epsilon={epsilon}; give a positive number")
         self.poly, self.epsilon, self.how, self.seed = poly, epsilon, draws, seed
         self.positive = poly == "anchor"
+        _, self.polynomial = slay.POLYNOMIALS[poly]
         self.nodes, self.features = at_least_one(nodes=nodes), at_least_one(features=features)
         self.anchors = at_least_one(anchors=anchors)
         self.scales, self.weights = slay.quadrature(nodes, epsilon)
@@ -88,33 +87,20 @@ class SlayAttention(RandomFeatures, LinearAttention):
         self.register(device, dtype)
 
     def draw(self) -> dict[str, Tensor]:
-        sizes = self.anchors, self.head_dim, self.seed + 1
-        banks = {"exact": torch.empty(0), "maclaurin": slay.signs(*sizes), "tensorsketch": slay.count_sketches(*sizes)}
         draws = gaussian(self.nodes * self.num_heads, self.features, self.head_dim, self.seed, self.how)
+        bank, _ = slay.POLYNOMIALS[self.poly]
         return {
             "draws": draws.reshape(self.nodes, self.num_heads, self.features, self.head_dim),
-            "bank": banks.get(self.poly, slay.anchors(*sizes)),
+            "bank": bank(self.anchors, self.head_dim, self.seed + 1),
         }
-
-    def polynomial(self, u: Tensor) -> Tensor:
-        """Return the P features of x^2 (their logarithms, for ``anchor``) of unit vectors."""
-        if self.poly == "anchor":
-            return slay.anchor_log_features(u, self.bank)
-        if self.poly == "exact":
-            return slay.exact_features(u)
-        if self.poly == "nystrom":
-            return slay.nystrom_features(u, self.bank)
-        if self.poly == "maclaurin":
-            return slay.maclaurin_features(u, self.bank)
-        return slay.tensorsketch_features(u, self.bank)
 
     def vectors(self, x: Tensor) -> Tensor:
         """Return the F features of queries or keys, or their logarithms if they are positive."""
         u = yat.unit(x)
         exponential = slay.exponential_log_features(u, self.draws, self.scales, self.weights)
         if self.positive:
-            return slay.log_product(self.polynomial(u), exponential)
-        return slay.product(self.polynomial(u), exponential.exp())
+            return slay.log_product(self.polynomial(u, self.bank), exponential)
+        return slay.product(self.polynomial(u, self.bank), exponential.exp())
 
     def queries(self, q: Tensor) -> Tensor:
         return self.vectors(q)
@@ -128,10 +114,20 @@ class SlayAttention(RandomFeatures, LinearAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep) if self.positive else signed.linear(q, k, v, keep)
 
+    def square_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """The estimate of x^2 of all pairs, (B, H, N, N)."""
+        a, b = (self.polynomial(yat.unit(x), self.bank) for x in (q, k))
+        return a.exp() @ b.exp().transpose(-2, -1) if self.positive else a @ b.transpose(-2, -1)
+
+    def exponential_kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """The estimate of the weighted exponentials of all pairs, (B, H, N, N)."""
+        features = (slay.exponential_log_features(yat.unit(x), self.draws, self.scales, self.weights) for x in (q, k))
+        a, b = (logs.exp().flatten(-2) for logs in features)
+        return a @ b.transpose(-2, -1)
+
     def kernel(self, q: Tensor, k: Tensor) -> Tensor:
-        """The estimated kernel of all pairs, (B, H, N, N)."""
-        q, k = self.vectors(q), self.vectors(k)
-        return (q.exp() @ k.exp().transpose(-2, -1)) if self.positive else (q @ k.transpose(-2, -1))
+        """The estimated kernel of all pairs, (B, H, N, N), from its two factors."""
+        return self.square_kernel(q, k) * self.exponential_kernel(q, k)
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return self.kernel(q, k).log()

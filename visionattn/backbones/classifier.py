@@ -32,7 +32,7 @@ class Classifier:
         model: takes images (B, 3, H, W), returns logits (B, C).
         name: of the model in timm.
         kwargs: of ``timm.create_model``, besides ``num_classes``. ``attn_layer``, ``block_fn`` and ``mlp_layer`` are
-            names of ours or of timm, or ``{"name": ..., option: ...}``.
+            names, or ``{"name": ..., option: ...}``; timm's own names are known of the first alone.
         classes: names of the C classes, in order.
         data_config: of ``timm.data.create_transform``, which turns a PIL image into an input.
     """
@@ -176,7 +176,9 @@ def _parts(options: dict[str, Any]) -> dict[str, Any]:
         value = found.get(key)
         if isinstance(value, str) and value not in ATTN_LAYERS:
             found[key] = find(value)
-        elif isinstance(value, dict) and "name" in value:
+        elif isinstance(value, dict):
+            if "name" not in value:
+                raise ConfigError(f"timm.model.{key}: got {value}; give a name beside the options, {{name: ..., ...}}")
             found[key] = find(value["name"], **{option: value[option] for option in value if option != "name"})
     return found
 

@@ -39,7 +39,7 @@ class LatBlock(nn.Module):
     Args:
         dim: channels C.
         head_dim: channels of a head; must divide ``dim``.
-        attention: a name or class in :data:`visionattn.attention.ATTENTION`, or of ``attention_layer``.
+        attn_layer: a name or class in :data:`visionattn.attention.ATTENTION`, or of ``attention_layer``.
         local: side of the depthwise convolution on the attention's values, 0 for none.
         mlp_ratio: hidden width of the perceptron over ``dim``.
         drop_path: probability of leaving out the attention or the perceptron for an image of the batch.
@@ -55,7 +55,7 @@ class LatBlock(nn.Module):
         self,
         dim: int,
         head_dim: int = 32,
-        attention: str | type[Attention] = "ela_hadamard",
+        attn_layer: str | type[Attention] = "ela_hadamard",
         local: int = 3,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
@@ -68,7 +68,7 @@ class LatBlock(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
         self.norm1 = LayerNorm(dim, **factory)
-        layer = attention_layer(attention, local=local)
+        layer = attention_layer(attn_layer, local=local)
         self.attn = layer(dim, dim // head_dim, qkv_bias=True, **factory)
         self.norm2 = LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **factory)
@@ -104,7 +104,7 @@ class Lat(nn.Module):
     Args:
         widths: channels of the four stages; ``head_dim`` must divide them.
         depths: blocks of the four stages.
-        attention: mechanism of all stages, or of each of the four; see :class:`LatBlock`.
+        attn_layer: mechanism of all stages, or of each of the four; see :class:`LatBlock`.
         head_dim: channels of a head.
         mlp_ratio: hidden width of a perceptron over the width.
         local: side of the depthwise convolution on the attention's values, 0 for none.
@@ -125,7 +125,7 @@ class Lat(nn.Module):
         self,
         widths: Sequence[int] = (32, 64, 128, 256),
         depths: Sequence[int] = (2, 2, 6, 2),
-        attention: str | type[Attention] | Sequence[str | type[Attention]] = "ela_hadamard",
+        attn_layer: str | type[Attention] | Sequence[str | type[Attention]] = "ela_hadamard",
         head_dim: int = 32,
         mlp_ratio: float = 4.0,
         local: int = 3,
@@ -138,10 +138,10 @@ class Lat(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        layers = [attention] * len(widths) if isinstance(attention, str | type) else list(attention)
+        layers = [attn_layer] * len(widths) if isinstance(attn_layer, str | type) else list(attn_layer)
         if len(layers) != len(widths):
             raise ConfigError(
-                f"attention: got {len(layers)} names, accepted: one, or one for each of {len(widths)} stages"
+                f"attn_layer: got {len(layers)} names, accepted: one, or one for each of {len(widths)} stages"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans = num_classes, in_chans

@@ -36,7 +36,7 @@ class VitLat(VisionTransformer):
     Args:
         attn_layer: a name in :data:`visionattn.attention.ATTENTION`, a class of ours, or whatever else timm takes;
             the latter has no convolution and may need ``pos_embed="learn"`` to see positions.
-        local: side of the depthwise convolution on the values, 0 for none; a class that sets its own keeps it.
+        local: side of the depthwise convolution on the values, 0 for none.
         block_fn: block whose ``forward`` takes ``grid``, such as those in :mod:`visionattn.blocks`.
         global_pool: as in timm, like all that follows and is not named here.
         class_token: add a class token.
@@ -126,13 +126,9 @@ class VitLat(VisionTransformer):
         return self.norm_pre(self._pos_embed(x)), grid
 
 
-def _with_convolution(layer: str | type[nn.Module], side: int) -> str | type[nn.Module]:
-    if isinstance(layer, str):
-        return attention_layer(layer, local=side) if layer in ATTENTION else layer
-    if not issubclass(layer, Attention):
-        return layer
-    set_already = dict(getattr(layer, "options", ()))
-    return attention_layer(layer, **{"local": side} | set_already)
+def _with_convolution(layer: Any, side: int) -> Any:
+    ours = layer in ATTENTION if isinstance(layer, str) else issubclass(layer, Attention)
+    return attention_layer(layer, local=side) if ours else layer
 
 
 _CFG = {"first_conv": "patch_embed.proj", "classifier": "head", "license": "agpl-3.0"}

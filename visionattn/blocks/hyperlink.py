@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import ATTENTION
 from visionattn.blocks.prenorm import PreNormBlock
-from visionattn.errors import UnsupportedError
+from visionattn.errors import ConfigError, UnsupportedError
 
 
 class HyperLinkBlock(PreNormBlock):
@@ -20,7 +20,7 @@ class HyperLinkBlock(PreNormBlock):
     The authors' code computes something else than their paper: its FFN adds its own input, so that the output of the
     attention reaches the residual stream as well. That is ``ffn_residual=True``.
 
-    Options reach a timm model through ``block_fn=partial(HyperLinkBlock, memory=True)``.
+    Options reach a timm model through ``block_fn=visionattn.block_layer("HyperLinkBlock", memory=True)``.
 
     Args:
         *args: those of timm's block, as are ``**kwargs``.
@@ -32,6 +32,7 @@ class HyperLinkBlock(PreNormBlock):
 
     Raises:
         UnknownNameError: no such attention.
+        ConfigError: ``causal_memory`` without ``memory``.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class HyperLinkBlock(PreNormBlock):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        if causal_memory and not memory:
+            raise ConfigError("causal_memory=True without a memory; set memory=True too")
         super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
         del self.norm2, self.ls1, self.drop_path1
         self.memory = MemoryLobe(dim, causal=causal_memory, device=device, dtype=dtype) if memory else None

@@ -32,9 +32,9 @@ class MoEMlp(nn.Module):
     parameter a gradient, and has shapes that do not depend on the data, so that it compiles, scripts and exports. The
     price is ``experts / top_k`` times the arithmetic of a dispatch by token: these experts add parameters, not speed.
 
-    Options reach a timm model through ``mlp_layer=partial(MoEMlp, experts=8)``. After a forward in training mode,
-    ``balance`` holds the loss described at :func:`balance_loss`. timm's ``fix_init``, on by default in NaFlexViT, wants
-    an ``mlp.fc2``; it must be False.
+    Options reach a timm model through ``mlp_layer=visionattn.block_layer("MoEMlp", experts=8)``. After a forward in
+    training mode, ``balance`` holds the loss described at :func:`balance_loss`. timm's ``fix_init``, on by default in
+    NaFlexViT, wants an ``mlp.fc2``; it must be False.
 
     Args:
         in_features: width of a token.

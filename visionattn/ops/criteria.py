@@ -88,6 +88,8 @@ def _lowest(kernel: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, st
     for _ in range(steps):
         values = kernel(*pair)
         lowest = torch.minimum(lowest, values.detach().min())
+        if not values.requires_grad:
+            break
         optimizer.zero_grad()
         torch.autograd.backward(values.sum())
         optimizer.step()

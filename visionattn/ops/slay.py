@@ -8,6 +8,7 @@ Source: SLAY (arXiv 2602.04915), sections 3 and 4. Here ``u`` are unit vectors (
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ def anchor_log_features(u: Tensor, anchors: Tensor, floor: float = FLOOR) -> Ten
     return ((u @ anchors.to(u.dtype).transpose(-2, -1)).square() + floor).log() - math.log(len(anchors)) / 2
 
 
-def exact_features(u: Tensor) -> Tensor:
-    """Return the D (D + 1) / 2 products of entries, whose inner product is x^2 exactly."""
+def exact_features(u: Tensor, bank: Tensor | None = None) -> Tensor:
+    """Return the D (D + 1) / 2 products of entries, whose inner product is x^2 exactly; there is no bank."""
     D = u.shape[-1]
     pairs = torch.triu_indices(D, D, device=u.device)
     weights = (2 - (pairs[0] == pairs[1]).to(u.dtype)).sqrt()
@@ -101,6 +102,21 @@ def count_sketches(features: int, dim: int, seed: int) -> Tensor:
     places = torch.from_numpy(generator.integers(0, features, (2, 1, dim)))
     sign = torch.from_numpy(generator.integers(0, 2, (2, 1, dim))) * 2.0 - 1
     return torch.zeros(2, features, dim, device="cpu").scatter(1, places, sign)
+
+
+def nothing(features: int, dim: int, seed: int) -> Tensor:
+    """Draw nothing."""
+    return torch.empty(0, device="cpu")
+
+
+POLYNOMIALS: dict[str, tuple[Callable[[int, int, int], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "anchor": (anchors, anchor_log_features),
+    "exact": (nothing, exact_features),
+    "nystrom": (anchors, nystrom_features),
+    "maclaurin": (signs, maclaurin_features),
+    "tensorsketch": (count_sketches, tensorsketch_features),
+}
+"""How to draw a map's bank, of P, D and a seed, and its features, of unit vectors and the bank."""
 
 
 def product(polynomial: Tensor, exponential: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def given(layer: Attention, inputs: Inputs) -> Inputs:
 def output(layer: Attention, inputs: Inputs) -> Tensor:
     """Return the output of a mechanism by its fast form; SLAY's, of any number of features, from its kernel."""
     if isinstance(layer, SlayAttention):
-        return weighted(slay_kernel(layer, inputs.q, inputs.k), inputs)
+        return weighted(layer.kernel(inputs.q, inputs.k), inputs)
     return inputs.project(layer.attend(inputs.q, inputs.k, inputs.v, None, inputs.is_causal))
 
 
@@ -189,26 +189,6 @@ def weighted(kernel: Tensor, inputs: Inputs) -> Tensor:
 def cosines(inputs: Inputs) -> Tensor:
     """Return the cosines of all queries and keys, (B, H, N, N)."""
     return yat.unit(inputs.q) @ yat.unit(inputs.k).transpose(-2, -1)
-
-
-def slay_kernel(layer: SlayAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Return the kernel that SLAY estimates, (B, H, N, N), from its factors: features are not multiplied out."""
-    return polynomial_kernel(layer, q, k) * exponential_kernel(layer, q, k)
-
-
-def polynomial_kernel(layer: SlayAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Return the estimate of the squared cosines by a layer's polynomial map, (B, H, N, N)."""
-    a, b = (layer.polynomial(yat.unit(x)) for x in (q, k))
-    return a.exp() @ b.exp().transpose(-2, -1) if layer.positive else a @ b.transpose(-2, -1)
-
-
-def exponential_kernel(layer: SlayAttention, q: Tensor, k: Tensor) -> Tensor:
-    """Return the estimate of the weighted sum of exponentials by a layer's random features, (B, H, N, N)."""
-    a, b = (
-        slay.exponential_log_features(yat.unit(x), layer.draws, layer.scales, layer.weights).exp().flatten(-2)
-        for x in (q, k)
-    )
-    return a @ b.transpose(-2, -1)
 
 
 def deviation(found: Tensor, expected: Tensor) -> tuple[float, float]:

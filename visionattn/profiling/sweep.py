@@ -17,8 +17,6 @@ from visionattn.profiling.protocols import (
     build,
     cosines,
     deviation,
-    exponential_kernel,
-    polynomial_kernel,
     weighted,
 )
 from visionattn.profiling.theory import yat_sphere
@@ -106,7 +104,7 @@ def _sweep_one(
     for poly in ("anchor", "nystrom", "maclaurin", "tensorsketch"):
         for anchors in (n for n in (4, 8, 16, 32, 64, 128, 256) if 2 * n <= most):
             layer = _slay(inputs, {"poly": poly, "anchors": anchors}, seed)
-            squares[poly, anchors] = polynomial_kernel(layer, inputs.q, inputs.k)
+            squares[poly, anchors] = layer.square_kernel(inputs.q, inputs.k)
     for epsilon in epsilons:
         target = weighted(yat_sphere(x, epsilon), inputs)
         yield (epsilon, "uniform", 0, 0, 0), deviation(weighted(torch.ones_like(x), inputs), target)[0]
@@ -114,7 +112,7 @@ def _sweep_one(
         for nodes in (1, 2, 3):
             for features in (2, 4, 8, 16, 32, 64):
                 layer = _slay(inputs, {"nodes": nodes, "features": features, "epsilon": epsilon}, seed)
-                exponential = exponential_kernel(layer, inputs.q, inputs.k)
+                exponential = layer.exponential_kernel(inputs.q, inputs.k)
                 for (poly, anchors), square in squares.items():
                     if poly == "exact" or nodes * features * anchors <= most:
                         error = deviation(weighted(square * exponential, inputs), target)[0]
