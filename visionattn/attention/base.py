@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import ConfigError, UnsupportedError
+from visionattn.ops.precision import outcast
 
 
 class Attention(nn.Module):
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         if self.local is not None:
             if is_causal:
                 raise UnsupportedError("local convolutions see tokens to come; use local=0 where is_causal=True")
-            mixed = mixed + self.convolve(v, grid)
+            mixed = mixed + self.convolve(outcast(v, key_mask(attn_mask)), grid)
         return self.finish(mixed)
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:

@@ -14,7 +14,8 @@ from visionattn.ops import cosformer, relu, scan
 class CosformerAttention(PositiveAttention):
     """ReLU features reweighted by the cosine of the distance in place (cosFormer, arXiv 2202.08791, equation 10); O(N).
 
-    2 D or 4 D features; exact for its own kernel. Far tokens weigh less: those at opposite ends weigh nothing.
+    2 D or 4 D features; exact for its own kernel. Far tokens weigh less: those at opposite ends of a long sequence
+    next to nothing.
 
     Args:
         axes: 1 for the place in the sequence, prefix tokens included, as in the source; 2 for row and column, which

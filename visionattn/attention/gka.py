@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from visionattn.attention.base import Attention, key_mask
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.ops import gka
-from visionattn.ops.cache import Cache, extended
 from visionattn.ops.precision import widen
 
 
@@ -78,11 +77,11 @@ class GaussianKernelAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         return gka.attend(q, v, self.bandwidth(), key_mask(attn_mask), is_causal, self.window, dropout)
 
-    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
-        state = extended(state, k, v)
+    def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        state = v if state is None else torch.cat((state, v), -2)
         if self.window:
-            state = Cache(state.k[..., -self.window - 1 :, :], state.v[..., -self.window - 1 :, :])
-        return gka.attend(q, state.v, self.bandwidth()), state
+            state = state[..., -self.window - 1 :, :]
+        return gka.attend(q, state, self.bandwidth()), state
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         logs = gka.log_kernel(q, k, self.bandwidth())

@@ -23,7 +23,7 @@ def attention_layer(mechanism: str | type[Attention], **options: Any) -> type[At
 
     Raises:
         UnknownNameError: no such mechanism.
-        ConfigError: no such option.
+        ConfigError: no such option, or a value that cannot be hashed.
     """
     base: Any = ATTENTION[mechanism] if isinstance(mechanism, str) else mechanism
     known = _options(base)
@@ -32,7 +32,12 @@ def attention_layer(mechanism: str | type[Attention], **options: Any) -> type[At
             raise ConfigError(f"{mechanism} has no option {option!r}; {suggest(option, known)}")
     if isinstance(base, _Configured):
         base, options = base.base, dict(base.options) | options
-    return _layer(base, tuple(sorted(options.items()))) if options else base
+    try:
+        return _layer(base, tuple(sorted(options.items()))) if options else base
+    except TypeError as error:
+        raise ConfigError(
+            f"{mechanism}: got {options}; give numbers, names and functions as options ({error})"
+        ) from error
 
 
 def _options(cls: type[Attention]) -> set[str]:

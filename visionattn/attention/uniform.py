@@ -1,5 +1,6 @@
 """Uniform attention."""
 
+import torch
 from torch import Tensor
 
 from visionattn.attention.linear import PositiveAttention
@@ -12,7 +13,7 @@ class UniformAttention(PositiveAttention):
     """
 
     def log_features(self, x: Tensor) -> Tensor:
-        return x[..., :1] * 0
+        return torch.zeros_like(x[..., :1])
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q[..., :1] * 0) @ (k[..., :1] * 0).transpose(-2, -1)
+        return torch.zeros_like(q[..., :1]) @ torch.zeros_like(k[..., :1]).transpose(-2, -1)

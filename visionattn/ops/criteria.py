@@ -37,7 +37,7 @@ class KernelReport:
         """What is not fulfilled, in words; empty if all is."""
         found = {
             f"phi.psi differs from the kernel by {self.decomposition_error:.2g} of its range": (
-                self.decomposition_error > 1e-9
+                not self.decomposition_error <= 1e-9
             ),
             f"not discriminative: weights vary by {self.contrast:.2g} of their mean": not self.contrast > 0.05,
             "gradients are not finite": not self.finite_gradients,
@@ -77,7 +77,12 @@ def check_kernel(
         if scale == 1:
             weights = pairs.detach()
             contrast = float((weights.std(1) / weights.mean(1)).mean())
-    return KernelReport(max(errors), min(minima), contrast, finite, meaning)
+    return KernelReport(_worst(errors, max), _worst(minima, min), contrast, finite, meaning)
+
+
+def _worst(found: list[float], of: Callable[[list[float]], float]) -> float:
+    """Return the worst number; one that is not a number is worse than any."""
+    return next((x for x in found if x != x), of(found))
 
 
 def _lowest(kernel: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, steps: int = 100) -> Tensor:

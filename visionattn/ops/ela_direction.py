@@ -5,16 +5,16 @@ is our reading; without it the kernel could be negative. The factor ``|q|^2 + 1`
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.ops.precision import widen
+from visionattn.ops.yat import unit
 
 
 def query_features(q: Tensor) -> Tensor:
     """Return ``[a; 1]``, (B, H, N, D + 1)."""
-    q = widen(q)
-    return torch.cat((F.normalize(q, dim=-1), torch.ones_like(q[..., :1])), -1)
+    a = unit(q)
+    return torch.cat((a, torch.ones_like(a[..., :1])), -1)
 
 
 def key_features(k: Tensor) -> Tensor:
@@ -25,6 +25,6 @@ def key_features(k: Tensor) -> Tensor:
 
 def log_kernel(q: Tensor, k: Tensor) -> Tensor:
     """Logarithm of the kernel of all pairs, (B, H, N, N)."""
-    a, b = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    a, b = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     magnitude = (q.square().sum(-1) + 1).unsqueeze(-1) * (k.square().sum(-1) + 1).unsqueeze(-2)
     return ((a @ b.transpose(-2, -1) + 1) * magnitude).log()

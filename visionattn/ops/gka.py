@@ -45,13 +45,15 @@ def attend(
     middle = wide.mean(-2, keepdim=True).detach()
     queries, keys = (widen(q) - middle) * inverse, (wide - middle) * inverse
     bias = outcast(-keys.square().sum(-1, keepdim=True) / 2, keep, never())
-    # Fused kernels want a width divisible by 8.
+    # Fused kernels want one width for all, divisible by 8.
     queries = torch.cat((F.pad(torch.ones_like(queries[..., :1]), [7, 0]), queries), -1)
     keys = torch.cat((F.pad(bias, [7, 0]), keys), -1)
+    values = F.pad(wide, [8, 0])
     if window:
-        return _windowed(queries, keys, wide, window, is_causal, dropout).to(x.dtype)
-    mixed = F.scaled_dot_product_attention(queries, keys, wide, dropout_p=dropout, is_causal=is_causal, scale=1.0)
-    return mixed.to(x.dtype)
+        mixed = _windowed(queries, keys, values, window, is_causal, dropout)
+    else:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=is_causal, scale=1.0)
+    return mixed[..., 8:].to(x.dtype)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_causal: bool, dropout: float) -> Tensor:

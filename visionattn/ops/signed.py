@@ -7,7 +7,8 @@ value, so a query that no key answers gets the mean and constant values come bac
 Here ``phi`` is (B, H, N, F) for the queries and ``psi`` is (B, H, N, F) for the keys.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +17,29 @@ from visionattn.ops.precision import outcast, rounding, tiny, widen
 
 
 class State(NamedTuple):
-    """Sums over the tokens so far: of psi times the values (B, H, F, E), of psi (B, H, F, 1) and of its size."""
+    """Sums over the tokens so far, of values v less an origin, which is the first of them.
+
+    ``values`` (B, H, F, E): psi times v; ``mass`` (B, H, F, 1): psi; ``size`` (B, H, F, 1): its absolute value;
+    ``offset`` (B, H, 1, E): v; ``tokens`` (B, H, 1, 1): how many; ``origin`` (B, H, 1, E).
+    """
 
     values: Tensor
     mass: Tensor
     size: Tensor
+    offset: Tensor
+    tokens: Tensor
+    origin: Tensor
 
 
 class Partial(NamedTuple):
-    """Attention to some of the tokens, not normalised: (B, H, N, E), its mass (B, H, N, 1) and that mass's size."""
+    """Attention to some of the tokens, not normalised: what the state holds, of the kernel in place of psi, a query."""
 
     values: Tensor
     mass: Tensor
     size: Tensor
+    offset: Tensor
+    tokens: Tensor
+    origin: Tensor
 
 
 def linear(phi: Tensor, psi: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -44,42 +55,78 @@ def linear(phi: Tensor, psi: Tensor, v: Tensor, keep: Tensor | None = None) -> T
 
 
 def guard(mass: Tensor, size: Tensor) -> Tensor:
-    """Keep a denominator away from zero: at least the rounding error of a sum whose terms have ``size`` in all."""
+    """Keep a denominator away from zero: at least the rounding error of a sum whose terms have ``size`` in all.
+
+    It is 1 for a sum of nothing, whose numerator is 0.
+    """
     floor = (rounding(mass) * size).clamp(min=tiny())
-    return torch.where(mass.abs() < floor, torch.where(mass < 0, -floor, floor), mass)
+    guarded = torch.where(mass.abs() < floor, torch.where(mass < 0, -floor, floor), mass)
+    return torch.where(size > 0, guarded, 1.0)
 
 
 def summarize(psi: Tensor, v: Tensor, keep: Tensor | None) -> State:
     """Sum over some tokens."""
-    psi = outcast(widen(psi), keep)
-    values = psi.transpose(-2, -1) @ outcast(widen(v), keep)
-    return State(values, psi.sum(-2).unsqueeze(-1), psi.abs().sum(-2).unsqueeze(-1))
+    psi, v = outcast(widen(psi), keep), outcast(widen(v), keep)
+    share = torch.ones_like(v[..., :1]) if keep is None else keep.to(v.dtype).expand_as(v[..., :1])
+    origin = v[..., :1, :]
+    apart = (v - origin) * share
+    return State(
+        psi.transpose(-2, -1) @ apart,
+        psi.sum(-2).unsqueeze(-1),
+        psi.abs().sum(-2).unsqueeze(-1),
+        apart.sum(-2, keepdim=True),
+        share.sum(-2, keepdim=True),
+        origin,
+    )
 
 
 def merge(first: State, second: State) -> State:
     """Join the states of two sets of tokens."""
-    return State(first.values + second.values, first.mass + second.mass, first.size + second.size)
+    return State(*_joined(first, second))
 
 
 def read(phi: Tensor, state: State) -> Partial:
     """Attend from queries to the tokens of a state."""
     phi = widen(phi)
-    return Partial(phi @ state.values, phi @ state.mass, phi.abs() @ state.size)
+    return Partial(phi @ state.values, phi @ state.mass, phi.abs() @ state.size, *state[3:])
 
 
 def within(phi: Tensor, psi: Tensor, v: Tensor, allowed: Tensor) -> Partial:
     """Attend from n queries to n keys where ``allowed`` (B, H, n, n)."""
-    phi, psi = widen(phi), widen(psi)
-    kernel = (phi @ psi.transpose(-2, -1)) * allowed
-    size = (phi.abs() @ psi.abs().transpose(-2, -1)) * allowed
-    return Partial(kernel @ widen(v), kernel.sum(-1, keepdim=True), size.sum(-1, keepdim=True))
+    phi, psi, v = widen(phi), widen(psi), widen(v)
+    kernel = (phi @ psi.transpose(-2, -1)).masked_fill(~allowed, 0.0)
+    size = (phi.abs() @ psi.abs().transpose(-2, -1)).masked_fill(~allowed, 0.0)
+    origin = v[..., :1, :]
+    counts = allowed.to(v.dtype)
+    return Partial(
+        kernel @ (v - origin),
+        kernel.sum(-1, keepdim=True),
+        size.sum(-1, keepdim=True),
+        counts @ (v - origin),
+        counts.sum(-1, keepdim=True),
+        origin,
+    )
 
 
 def combine(first: Partial, second: Partial) -> Partial:
     """Join what one query got from two sets of tokens."""
-    return Partial(first.values + second.values, first.mass + second.mass, first.size + second.size)
+    return Partial(*_joined(first, second))
 
 
 def finish(partial: Partial) -> Tensor:
-    """Normalise."""
-    return partial.values / guard(partial.mass, partial.size)
+    """Normalise, as a correction of the mean value; nothing attended to gives zeros."""
+    offset = partial.offset / partial.tokens.clamp(min=1.0)
+    correction = (partial.values - partial.mass * offset) / guard(partial.mass, partial.size)
+    return (partial.origin + offset + correction) * (partial.tokens > 0)
+
+
+def _joined(first: Any, second: Any) -> Iterator[Tensor]:
+    """Add two sets of sums, about the origin of the first, or of the second if the first is empty."""
+    origin = torch.where(first.tokens > 0, first.origin, second.origin)
+    shifted = []
+    for part in (first, second):
+        shift = part.origin - origin
+        values, offset = part.values + part.mass * shift, part.offset + part.tokens * shift
+        shifted.append((values, part.mass, part.size, offset, part.tokens))
+    yield from (x + y for x, y in zip(*shifted, strict=True))
+    yield origin

@@ -8,11 +8,10 @@ than their distance, pairs closer than that are not told apart.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from visionattn.ops.precision import tiny, widen
+from visionattn.ops.precision import widen
 
 BLOCK = 512
 """Queries of a block; memory is that of BLOCK x N numbers a head."""
@@ -22,8 +21,9 @@ FLOOR = 1e-20
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return ``x / |x|``, in float32 at least."""
-    return F.normalize(widen(x), dim=-1)
+    """Return ``x / sqrt(|x|^2 + 1e-6)``, in float32 at least: of unit length, with a bounded gradient at zero."""
+    x = widen(x)
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def kernel(q: Tensor, k: Tensor, epsilon: float, floor: float = FLOOR) -> Tensor:
@@ -75,9 +75,9 @@ def _block(q: Tensor, k: Tensor, v: Tensor, epsilon: float, keep: Tensor | None,
     weights = kernel(q, k, epsilon)
     if is_causal:
         rows = torch.arange(start, start + q.shape[-2], device=q.device).unsqueeze(-1)
-        weights = weights * (torch.arange(k.shape[-2], device=q.device) <= rows)
+        weights = weights.masked_fill(torch.arange(k.shape[-2], device=q.device) > rows, 0.0)
     if keep is not None:
         weights = weights.masked_fill(~keep.transpose(-2, -1), 0.0)
         v = v.masked_fill(~keep, 0.0)
     total = weights.sum(-1, keepdim=True)
-    return weights / total.clamp(min=tiny()) @ v
+    return weights / total.masked_fill(total == 0, 1.0) @ v
