@@ -200,6 +200,7 @@ def test_gka_makes_no_square_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watch(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         seen.append(attn_mask)
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]  # else the kernel that is not fused is taken
         return fused(q, k, v, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
@@ -278,6 +279,50 @@ def test_yat_needs_no_square_matrix_in_training() -> None:
         weights = torch.randn_like(out)
         found, expected = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (out, truth))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_elu_has_its_slope_at_zero() -> None:
+    x = torch.zeros(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ATTENTION["elu"](4, 1).log_features(x).sum(), x)
+    torch.testing.assert_close(slope, torch.ones_like(slope))
+
+
+@pytest.mark.parametrize("options", [("ela_direction", {}), ("slay", {"poly": "exact", "features": 2})], ids=str)
+def test_causal_forms_return_constant_values_where_no_key_answers(options: tuple[str, dict[str, object]]) -> None:
+    torch.manual_seed(0)
+    name, chosen = options
+    attention = attention_layer(name, **chosen)(8, 1)
+    k = torch.randn(1, 1, 70, 8)
+    q = -k if name == "ela_direction" else torch.zeros_like(k)
+    v = torch.full_like(k, 3.7)
+    torch.testing.assert_close(attention.attend(q, k, v, None, False), v)
+    torch.testing.assert_close(attention.attend(q, k, v, None, True), v)
+    state = None
+    for token in range(3):
+        now = slice(token, token + 1)
+        out, state = attention.advance(q[:, :, now], k[:, :, now], v[:, :, now], state)
+        torch.testing.assert_close(out, v[:, :, now])
+
+
+def test_padding_does_not_reach_others_through_the_local_convolution() -> None:
+    attention = attention_layer("elu", local=3)(24, 3)
+    x = torch.randn(1, 12, 24)
+    keep = (torch.arange(12) != 5).expand(1, 1, 1, 12)
+    other = x.clone()
+    other[:, 5] += 100
+    rest = torch.arange(12) != 5
+    found, expected = (attention(y, attn_mask=keep, grid=(3, 4))[:, rest] for y in (other, x))
+    torch.testing.assert_close(found, expected)
+
+
+def test_options_that_cannot_be_hashed_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give numbers"):
+        attention_layer("performer", features=[3])
+
+
+def test_a_kernel_that_is_not_a_number_somewhere_fails() -> None:
+    report = check_kernel(co_activation, co_activation, lambda q, k: one_pair(q, k) / (one_pair(q, k) < 200), MEANING)
+    assert report.failures
 
 
 def test_state_can_be_saved() -> None:
