@@ -34,8 +34,9 @@ from visionattn.config import TrainConfig, parse_config
 from visionattn.data.scenes import make_scenes
 from visionattn.detection.loading import read_checkpoint
 from visionattn.detection.trainer import recover
-from visionattn.engine.run import environment, write_json
+from visionattn.engine.run import write_json
 from visionattn.export import load_runner
+from visionattn.record import environment
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true"}

@@ -11,7 +11,7 @@ import visionattn
 
 ROOT = Path(visionattn.__file__).parent
 FLOORS = [
-    {"config", "errors"},
+    {"config", "errors", "record"},
     {"ops"},
     {"attention"},
     {"blocks"},

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from visionattn.cli import run
+from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of, text_of
 from visionattn.engine.coco import Backend
 from visionattn.engine.evaluate import ClassificationReport, DetectionReport, evaluate
 from visionattn.errors import ConfigError
@@ -25,20 +25,20 @@ COLUMNS = {
 
 @app.command(help=__doc__)
 def main(
-    weights: Annotated[Path, typer.Option(help="a .pt detector or a .safetensors classifier")],
+    weights: Annotated[Path, typer.Option(help="a .pt detector, a .safetensors classifier, or an exported file")],
     data: Annotated[str, typer.Option(help="an embedded set, a data.yaml, or a folder of class folders")],
     split: Annotated[str, typer.Option(help="split of the data to score")] = "val",
-    imgsz: Annotated[
-        int | None, typer.Option(help="side of the network input in pixels; as trained if left out")
-    ] = None,
+    imgsz: Annotated[str, typer.Option(help=IMGSZ_HELP)] = "",
     batch: Annotated[int, typer.Option(help="images at a time")] = 16,
     device: Annotated[str, typer.Option(help="cpu, 0, ...; the best there is if left out")] = "",
     backend: Annotated[Backend, typer.Option(help="scorer of boxes; both give the same figures")] = "pycocotools",
     output: Annotated[Path | None, typer.Option(help="write the scores and how they came about as JSON")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="leave out broken images")] = False,
     trust_weights: Annotated[
-        bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
+        bool, typer.Option("--trust-weights", help="load a file that may run any code; for files of your own")
     ] = False,
+    threads: Annotated[int, typer.Option(help=THREADS_HELP)] = 0,
+    provider: Annotated[str, typer.Option(help=PROVIDER_HELP)] = "",
 ) -> None:
     if output and output.is_dir():
         raise ConfigError(f"--output {output} is a folder; give the name of a file, e.g. {output / 'scores.json'}")
@@ -46,12 +46,14 @@ def main(
         weights,
         data,
         split,
-        imgsz,
+        size_of(imgsz),
         batch,
         device,
         trust_weights,
         backend=backend,
         skip_broken=skip_broken,
+        threads=threads,
+        provider=provider,
     )
     show(report)
     if output:
@@ -63,7 +65,7 @@ def show(report: DetectionReport | ClassificationReport) -> None:
     """Print the scores as two tables: over all, and by class."""
     console = Console()
     columns = COLUMNS[report.task]
-    print(f"{report.weights} on {report.data} {report.split}: {report.images} images at {report.imgsz} px")
+    print(f"{report.weights} on {report.data} {report.split}: {report.images} images at {text_of(report.imgsz)} px")
     total = Table(*columns.values())
     total.add_row(*(number(report.metrics[key]) for key in columns))
     classes = Table("class", next(iter(columns.values())))

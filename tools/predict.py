@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from visionattn.cli import run
+from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of
 from visionattn.export import load_runner
 from visionattn.video import open_source, predict
 
@@ -17,21 +17,21 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    weights: Annotated[Path, typer.Option(help="a .pt detector or a .safetensors classifier")],
+    weights: Annotated[Path, typer.Option(help="a .pt detector, a .safetensors classifier, or an exported file")],
     source: Annotated[str, typer.Option(help="picture, folder, video or gif, camera such as 0, or embedded set")],
     output: Annotated[Path | None, typer.Option(help="folder to write into; runs/predict/NAME if left out")] = None,
     show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
     conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,
-    imgsz: Annotated[
-        int | None, typer.Option(help="side of the network input in pixels; as trained if left out")
-    ] = None,
+    imgsz: Annotated[str, typer.Option(help=IMGSZ_HELP)] = "",
     device: Annotated[str, typer.Option(help="cpu, 0, ...; the best there is if left out")] = "",
     trust_weights: Annotated[
-        bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
+        bool, typer.Option("--trust-weights", help="load a file that may run any code; for files of your own")
     ] = False,
+    threads: Annotated[int, typer.Option(help=THREADS_HELP)] = 0,
+    provider: Annotated[str, typer.Option(help=PROVIDER_HELP)] = "",
 ) -> None:
     opened = open_source(source)
-    runner = load_runner(weights, device, imgsz, conf, trust=trust_weights)
+    runner = load_runner(weights, device, size_of(imgsz), conf, trust=trust_weights, threads=threads, provider=provider)
     summary = predict(runner, opened, output or Path("runs/predict") / opened.name, show)
     found = ", ".join(f"{count} {name}" for name, count in summary.counts.items()) or "nothing"
     print(f"found {found} in {summary.frames} frames")

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from visionattn.cli import run
 from visionattn.data.files import write_text
-from visionattn.engine.run import environment, write_json
+from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
 from visionattn.profiling import measure_fidelity
 from visionattn.profiling.protocols import Result
 from visionattn.profiling.tables import Grid, fidelity_grids
+from visionattn.record import environment
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

@@ -4,7 +4,30 @@ import sys
 
 import typer
 
-from visionattn.errors import VisionAttnError
+from visionattn.errors import ConfigError, VisionAttnError
+
+IMGSZ_HELP = "side of the network input in pixels, or H,W; as trained or exported if left out"
+THREADS_HELP = "threads of the CPU; 0 leaves it to the runtime"
+PROVIDER_HELP = "execution provider of ONNX Runtime, or device of OpenVINO; by --device if left out"
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """Read an image size: ``320``, or ``480,640`` for (H, W); empty is None.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    sides = text.replace("x", ",").split(",")
+    if not text:
+        return None
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) for side in sides):
+        raise ConfigError(f"got size {text!r}; give a side in pixels such as 320, or height and width such as 480,640")
+    return int(sides[0]), int(sides[-1])
+
+
+def text_of(size: tuple[int, int]) -> str:
+    """Write an image size: ``320`` or ``480x640``."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def run(app: typer.Typer) -> None:

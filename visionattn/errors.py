@@ -32,6 +32,14 @@ class UnsupportedError(VisionAttnError):
     """A mechanism does not offer what was asked of it."""
 
 
+class ExportError(VisionAttnError):
+    """A network cannot be written in a format, or the file cannot be used."""
+
+
+class ParityError(ExportError):
+    """An exported file does not compute what the weights compute."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``accepted: a, b, c; nearest: b`` for the end of an error message about an unknown ``name``."""
     names = sorted(known)

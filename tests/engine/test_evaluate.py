@@ -18,6 +18,7 @@ from visionattn.engine import evaluate as module
 from visionattn.engine.evaluate import evaluate
 from visionattn.errors import ConfigError, DataError, UnsupportedError, WeightsError
 from visionattn.export import Detections
+from visionattn.export.info import ModelInfo
 
 NAMES = ["ant", "bee", "cat"]
 # image -> (width, height), objects as (class index, x1, y1, x2, y2) in pixels
@@ -53,7 +54,8 @@ class FakeRunner:
     """Finds what ``found`` says: image number -> rows of class, x1, y1, x2, y2, score."""
 
     task = "detect"
-    imgsz = 320
+    size = (320, 320)
+    info = ModelInfo(task="detect", names={}, size=size, stride=32)
     device = "cpu"
 
     def __init__(self, found, names=NAMES):
@@ -149,7 +151,7 @@ class TestDetection:
         assert six(report) == pytest.approx([1] * 6)
         assert report.metrics["per_class"] == {"ant": pytest.approx(1), "bee": pytest.approx(1), "cat": None}
         assert runner.batches == [3, 3, 1]
-        assert (report.images, report.skipped, report.split, report.imgsz) == (7, 0, "val", 320)
+        assert (report.images, report.skipped, report.split, report.imgsz) == (7, 0, "val", (320, 320))
         assert report.sha256 == hashlib.sha256(b"weights").hexdigest()
         assert report.environment["versions"]["torch"]
 

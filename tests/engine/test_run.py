@@ -8,8 +8,9 @@ import torch
 from tests.engine.conftest import classify_config
 from visionattn.config import load_config
 from visionattn.engine import run as run_module
-from visionattn.engine.run import RunFolder, environment, write_json
+from visionattn.engine.run import RunFolder, write_json
 from visionattn.errors import ConfigError
+from visionattn.record import environment
 
 
 @pytest.fixture

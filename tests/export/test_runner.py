@@ -104,7 +104,7 @@ class TestDetect:
 
     def test_what_it_tells_of_itself(self, detector):
         runner = load_runner(str(detector[1]), "cpu", imgsz=70)
-        assert (runner.task, runner.imgsz, runner.device) == ("detect", 96, "cpu")
+        assert (runner.task, runner.size, runner.device) == ("detect", (96, 96), "cpu")
         assert runner.names == detector[0].names
         assert runner([]) == []
 
@@ -133,7 +133,7 @@ class TestClassify:
 
     def test_what_it_tells_of_itself(self, weights):
         runner = load_runner(weights[1], "cpu", imgsz=32)
-        assert (runner.task, runner.imgsz, runner.names) == ("classify", 32, {0: "a", 1: "b", 2: "c"})
+        assert (runner.task, runner.size, runner.names) == ("classify", (32, 32), {0: "a", 1: "b", 2: "c"})
         assert runner([]) == []
 
     def test_another_size_is_refused(self, weights):
@@ -142,7 +142,7 @@ class TestClassify:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("name", ["model.onnx", "model", "model.pth"])
+    @pytest.mark.parametrize("name", ["model.tflite", "model", "model.pth"])
     def test_unknown_suffix(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(WeightsError, match=r"expected \.pt .* or \.safetensors"):

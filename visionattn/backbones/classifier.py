@@ -108,12 +108,13 @@ def save_classifier(
     partial.replace(path)
 
 
-def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
+def load_classifier(path: str | Path, device: str = "cpu", options: dict[str, Any] | None = None) -> Classifier:
     """Build the classifier that a file describes and load its weights; no code in the file is run.
 
     Args:
         path: file written by :func:`save_classifier`.
         device: where to put the model, as torch names it.
+        options: arguments of ``timm.create_model`` in place of the file's, such as ``dynamic_img_size``.
 
     Raises:
         WeightsError: the file is missing, damaged, not ours, or does not fit its own description.
@@ -121,7 +122,8 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
     path = Path(path)
     header = _read_header(path)
     try:
-        model = timm.create_model(header.name, num_classes=len(header.classes), **_parts(header.kwargs))
+        kwargs = header.kwargs | (options or {})
+        model = timm.create_model(header.name, num_classes=len(header.classes), **_parts(kwargs))
         load_model(model, str(path))
         create_transform(**header.data_config)
     except Exception as error:  # a model refuses what it likes
@@ -129,7 +131,7 @@ def load_classifier(path: str | Path, device: str = "cpu") -> Classifier:
             f"{path}: the weights do not fit the model they describe, {header.name} with {len(header.classes)} classes "
             f"({error}); give a file as training wrote it"
         ) from error
-    return Classifier(model.to(device).eval(), header.name, header.kwargs, header.classes, header.data_config)
+    return Classifier(model.to(device).eval(), header.name, kwargs, header.classes, header.data_config)
 
 
 def _read_header(path: Path) -> _Header:
@@ -183,7 +185,16 @@ def _parts(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
+def create_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a model of timm.
+
+    Args:
+        name: of the model.
+        options: of ``timm.create_model``; ``attn_layer``, ``block_fn`` and ``mlp_layer`` as in :class:`Classifier`.
+
+    Raises:
+        ConfigError: the name or an option is unknown, or the model refuses them.
+    """
     if not timm.is_model(name):
         known = timm.list_models()
         close = ", ".join(get_close_matches(name, known, n=3, cutoff=0.5)) or "none"
@@ -191,19 +202,29 @@ def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any])
             f"model: unknown name {name!r}; nearest: {close}; accepted: one of the {len(known)} in timm.list_models() "
             "or the path of a .safetensors of ours"
         )
-    for key in _OURS.keys() & options.keys():
-        raise ConfigError(f"timm.model.{key} is not to be set: {_OURS[key]}; remove it")
     attention = options.get("attn_layer", "attn")
     if isinstance(attention, str) and attention not in ATTN_LAYERS:
         raise ConfigError(f"timm.model.attn_layer: got {attention!r}; {suggest(attention, ATTN_LAYERS)}")
     try:
-        published = timm.get_pretrained_cfg(name)
-        sized = {"img_size": imgsz} if published and published.fixed_input_size else {}
-        model = timm.create_model(name, num_classes=len(classes), **sized, **_parts(options))
+        model: nn.Module = timm.create_model(name, **_parts(options))
     except VisionAttnError:
         raise
     except Exception as error:  # a model refuses what it likes
         raise ConfigError(f"timm.model: {name} cannot be built with {options}: {error}") from error
+    return model
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a model of timm is made for one size of image."""
+    published = timm.get_pretrained_cfg(name)
+    return bool(published and published.fixed_input_size)
+
+
+def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
+    for key in _OURS.keys() & options.keys():
+        raise ConfigError(f"timm.model.{key} is not to be set: {_OURS[key]}; remove it")
+    sized = {"img_size": imgsz} if has_fixed_size(name) else {}
+    model = create_model(name, {"num_classes": len(classes)} | sized | options)
     kwargs = {key: value for key, value in (sized | options).items() if key not in _START}
     data_config = resolve_model_data_config(model, {"img_size": imgsz, "crop_pct": 1.0})
     return Classifier(model, name, kwargs, classes, data_config)

@@ -9,22 +9,27 @@ from visionattn.detection.registration import register
 
 register([LAT, LATFeatures])
 
-from visionattn.detection.loading import load_detector  # noqa: E402  (models need registered blocks)
+from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
+from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
-from visionattn.detection.predictor import ExactPredictor, ScoringPredictor  # noqa: E402
+from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
 from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
 
 __all__ = [
     "LAT",
     "MODELS",
+    "NMS",
     "YOLOLAT",
-    "ExactPredictor",
+    "DetectionNetwork",
     "LATFeatures",
-    "ScoringPredictor",
     "build_detector",
     "check_options",
+    "classes_and_size",
+    "in_image",
+    "letterbox",
     "load_detector",
     "resolve_model",
+    "suppress",
     "train_detector",
     "yolo_command",
 ]

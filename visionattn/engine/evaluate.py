@@ -23,9 +23,9 @@ from visionattn.data import (
 )
 from visionattn.data.files import write_text
 from visionattn.engine.coco import Backend, DetectionScores, load_backend, score
-from visionattn.engine.run import environment
-from visionattn.errors import ConfigError, WeightsError
+from visionattn.errors import ConfigError, UnsupportedError, WeightsError
 from visionattn.export import Detections, Runner, load_runner
+from visionattn.record import environment
 
 _log = logging.getLogger("visionattn")
 
@@ -56,9 +56,11 @@ class _Report(BaseModel):
         split: its split.
         images: number of images scored.
         skipped: number of broken images left out.
-        imgsz: side of the network input in pixels.
+        imgsz: (H, W) of the network input in pixels.
+        precision: of its arithmetic.
         batch: images at a time.
         device: where the model ran.
+        threads: of the CPU, 0 for as many as the runtime takes.
         seconds: time for reading the images and running the model on all of them.
         environment: date, command, commit, machine, versions.
     """
@@ -71,9 +73,11 @@ class _Report(BaseModel):
     split: str
     images: int
     skipped: int
-    imgsz: int
+    imgsz: tuple[int, int]
+    precision: str
     batch: int
     device: str
+    threads: int
     seconds: float
     environment: dict[str, Any]
 
@@ -93,6 +97,7 @@ class DetectionReport(_Report):
     """Scores of a detector, and the settings of its boxes."""
 
     task: Literal["detect"] = "detect"
+    nms: str
     conf: float
     iou: float
     max_det: int
@@ -111,7 +116,7 @@ def evaluate(
     weights: str | Path,
     data: str,
     split: str = "val",
-    imgsz: int | None = None,
+    imgsz: int | tuple[int, int] | None = None,
     batch: int = 16,
     device: str = "",
     trust: bool = False,
@@ -120,48 +125,81 @@ def evaluate(
     max_det: int = 300,
     backend: Backend = "pycocotools",
     skip_broken: bool = False,
+    threads: int = 0,
+    provider: str = "",
 ) -> DetectionReport | ClassificationReport:
     """Run weights on every image of a split and score the result against its labels.
 
     Args:
-        weights: a ``.pt`` detector or a ``.safetensors`` classifier.
+        weights: a ``.pt`` detector, a ``.safetensors`` classifier, or an exported file of either.
         data: an embedded set; a data.yaml for a detector, a folder of class folders for a classifier.
         split: split to score.
-        imgsz: side of the network input in pixels; None: as trained.
+        imgsz: side, or (H, W), of the network input in pixels; None: as trained or exported.
         batch: images at a time.
         device: ``cpu``, ``0``, ...; empty: the best there is.
-        trust: load a detector's checkpoint as a plain pickle, which may run any code.
+        trust: load files that may run any code.
         conf: boxes of a lower score are left out.
         iou: boxes of a class that overlap a better one by more are left out.
         max_det: most boxes of an image that are handed to the scorer.
         backend: scorer of boxes; the figures are the same.
         skip_broken: leave out broken images, with a warning for each, instead of raising.
+        threads: of the CPU; 0 leaves it to the runtime.
+        provider: execution provider of ONNX Runtime, or device of OpenVINO.
 
     Raises:
         WeightsError: the weights cannot be loaded, have diverged, or have another number of classes than the data.
         DataError: the data set is missing, incomplete or damaged.
-        ConfigError: an option is out of range, or there is no such device.
-        UnsupportedError: the backend is not installed.
+        ConfigError: an option is out of range, there is no such device, or boxes of the scores that count are cut out of
+            an exported file.
+        UnsupportedError: the backend or the runtime is not installed, or the model is a bare backbone.
     """
     if batch < 1:
         raise ConfigError(f"got batch {batch}, expected 1 or more")
     load_backend(backend)
-    runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust, multi_label=True)
-    with Path(weights).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust, True, threads, provider)
+    _check_scorable(runner, weights, conf)
     common: dict[str, Any] = {
         "weights": str(weights),
-        "sha256": digest,
+        "sha256": _digest(Path(weights)),
         "split": split,
-        "imgsz": runner.imgsz,
+        "imgsz": runner.size,
+        "precision": runner.info.precision,
         "batch": batch,
         "device": runner.device,
+        "threads": threads,
         "environment": environment(),
     }
     if runner.task == "classify":
         return ClassificationReport(**common, **_classify(runner, data, split, batch, skip_broken))
-    settings: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "backend": backend}
+    settings: dict[str, Any] = {
+        "conf": conf,
+        "iou": iou,
+        "max_det": max_det,
+        "backend": backend,
+        "nms": runner.info.nms,
+    }
     return DetectionReport(**common, **settings, **_detect(runner, data, split, batch, skip_broken, backend))
+
+
+def _check_scorable(runner: Runner, weights: str | Path, conf: float) -> None:
+    if runner.task == "features":
+        raise UnsupportedError(
+            f"{weights} is a backbone, whose feature maps have no score; give a detector or classifier"
+        )
+    info = runner.info
+    if info.nms == "embedded" and (info.conf or 0) > conf:
+        raise ConfigError(
+            f"{weights}: boxes of a score up to {info.conf} are cut out of it, so its AP would be too low; export it with "
+            f"--conf {conf}, or with --nms none"
+        )
+
+
+def _digest(weights: Path) -> str:
+    """Return the SHA-256 of a file, or of the files of a folder one after the other."""
+    digest = hashlib.sha256()
+    for file in [weights] if weights.is_file() else sorted(weights.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _detect(runner: Runner, source: str, split: str, batch: int, skip_broken: bool, backend: Backend) -> dict[str, Any]:

@@ -2,32 +2,20 @@
 
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from visionattn.config import TrainConfig
 from visionattn.data.files import write_text
 from visionattn.errors import ConfigError
+from visionattn.record import environment
 
 _MAY_CHANGE = {"device", "workers", "output"}
 """Keys that a resumed run may have changed: they do not change what is computed."""
-
-_PACKAGES = (
-    *("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy"),
-    *("opencv-python", "opencv-python-headless", "pycocotools", "faster-coco-eval"),
-)
 
 
 @dataclass(frozen=True)
@@ -115,39 +103,3 @@ def is_main_process() -> bool:
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on besides its configuration: versions, device, commit, command."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}",
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _commit() -> str | None:
-    """Return the commit that this package is checked out at, marked if files differ from it, or None.
-
-    A copy without its repository, on a borrowed machine say, may be told it by ``VISIONATTN_COMMIT``.
-    """
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("VISIONATTN_COMMIT")
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a folder of someone else's
-        return None

@@ -1,5 +1,21 @@
-"""Running trained models, whatever their format: images in, arrays out."""
+"""Networks on their way to production: exported, verified, and run by one abstraction, whatever the runtime."""
 
-from visionattn.export.runner import BGRImage, ClassifyRunner, Detections, DetectRunner, Runner, load_runner
+from visionattn.export.runner import (
+    BGRImage,
+    ClassifyRunner,
+    Detections,
+    DetectRunner,
+    FeaturesRunner,
+    Runner,
+    load_runner,
+)
 
-__all__ = ["BGRImage", "ClassifyRunner", "DetectRunner", "Detections", "Runner", "load_runner"]
+__all__ = [
+    "BGRImage",
+    "ClassifyRunner",
+    "DetectRunner",
+    "Detections",
+    "FeaturesRunner",
+    "Runner",
+    "load_runner",
+]

@@ -1,4 +1,4 @@
-"""The one abstraction over weights: BGR images in, boxes or probabilities out."""
+"""The one abstraction over weights and exported files: BGR images in, boxes, probabilities or feature maps out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data import create_transform
+from torch import Tensor
 
-from visionattn.backbones.classifier import Classifier, load_classifier
-from visionattn.detection import YOLOLAT, ExactPredictor, ScoringPredictor, load_detector
+from visionattn.detection import in_image, suppress
 from visionattn.errors import ConfigError, WeightsError
+from visionattn.export.formats import FORMATS, Format
+from visionattn.export.info import ModelInfo
+from visionattn.export.inputs import BGRImage, prepare
+from visionattn.export.network import Request, load_network
+from visionattn.export.session import Place, Session, TorchSession, torch_device
 
-BGRImage = NDArray[np.uint8]
-"""Array of shape (H, W, 3), blue first, as OpenCV reads it."""
+WEIGHTS = (".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -38,147 +39,185 @@ class Runner(Protocol):
     """A model that is ready to run.
 
     Attributes:
+        info: what the model is.
         names: class index -> class name.
-        imgsz: side of the square network input in pixels.
+        size: (H, W) of the network input in pixels.
         device: where it runs.
     """
 
+    info: ModelInfo
     names: dict[int, str]
-    imgsz: int
+    size: tuple[int, int]
     device: str
 
     @property
-    def task(self) -> Literal["detect", "classify"]:
-        """``detect`` gives :class:`Detections`, ``classify`` probabilities of shape (C,)."""
+    def task(self) -> Literal["detect", "classify", "features"]:
+        """``detect`` gives :class:`Detections`, ``classify`` probabilities (C,), ``features`` a list of maps (C, H, W)."""
         ...
 
     def __call__(self, images: Sequence[BGRImage]) -> list[Any]:
-        """Run on images of any sizes as one batch; one result an image, in order."""
+        """Run on images of any sizes; one result an image, in order."""
         ...
 
 
-class DetectRunner:
-    """A ``.pt`` detector; every image is fitted into the same square, so the others of its batch do not matter."""
+class _Runner:
+    def __init__(self, session: Session, size: tuple[int, int]) -> None:
+        self.session, self.size = session, size
+        self.info, self.names, self.device = session.info, session.info.names, session.device
+
+    def prepare(self, images: Sequence[BGRImage]) -> Tensor:
+        """Return the network's input for images, (B, 3, H, W)."""
+        return prepare(images, self.info, self.size, self.session.place)
+
+
+class DetectRunner(_Runner):
+    """A detector; every image is fitted into the same rectangle, so the others of its batch do not matter."""
 
     task: Literal["detect"] = "detect"
 
     def __init__(
-        self,
-        model: YOLOLAT,
-        device: str,
-        imgsz: int | None,
-        conf: float,
-        iou: float,
-        max_det: int,
-        multi_label: bool,
+        self, session: Session, size: tuple[int, int], conf: float, iou: float, max_det: int, multi_label: bool
     ) -> None:
-        self.names: dict[int, str] = dict(model.names)
-        self.imgsz = _multiple_of(int(model.model.stride.max()), imgsz or int(model.overrides.get("imgsz", 640)))
-        self.device = device
-        self._model = model
-        self._options = {
-            "conf": conf,
-            "iou": iou,
-            "max_det": max_det,
-            "predictor": ScoringPredictor if multi_label else ExactPredictor,
-            "rect": False,
-            "verbose": False,
-        }
+        super().__init__(session, size)
+        self._options: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "multi_label": multi_label}
 
     def __call__(self, images: Sequence[BGRImage]) -> list[Detections]:
         """Return the boxes of each image."""
         if not images:
             return []
-        results = self._model.predict(list(images), imgsz=self.imgsz, device=self.device, **self._options)
-        found = (result.boxes.cpu().numpy() for result in results)
-        return [Detections(b.xyxy.astype(np.float32), b.conf.astype(np.float32), b.cls.astype(np.int64)) for b in found]
+        raw = self.session(self.prepare(images))[0]
+        return [
+            self._detections(found, image) for found, image in zip(suppress(raw, **self._options), images, strict=True)
+        ]
+
+    def _detections(self, found: Tensor, image: BGRImage) -> Detections:
+        boxes = in_image(found[:, :4], self.size, image.shape)
+        return Detections(
+            boxes.cpu().numpy().astype(np.float32),
+            found[:, 4].cpu().numpy().astype(np.float32),
+            found[:, 5].cpu().numpy().astype(np.int64),
+        )
 
 
-class ClassifyRunner:
-    """A ``.safetensors`` classifier."""
+class ClassifyRunner(_Runner):
+    """A classifier."""
 
     task: Literal["classify"] = "classify"
 
-    def __init__(self, classifier: Classifier, device: str) -> None:
-        self.names: dict[int, str] = dict(enumerate(classifier.classes))
-        self.imgsz = int(classifier.data_config["input_size"][-1])
-        self.device = device
-        self._model = classifier.model.eval()
-        self._transform: Any = create_transform(**classifier.data_config)
-
-    @torch.inference_mode()
     def __call__(self, images: Sequence[BGRImage]) -> list[NDArray[np.float32]]:
         """Return the probabilities (C,) of each image."""
+        return list(self.session(self.prepare(images))[0].softmax(-1).cpu().numpy()) if images else []
+
+
+class FeaturesRunner(_Runner):
+    """A backbone."""
+
+    task: Literal["features"] = "features"
+
+    def __call__(self, images: Sequence[BGRImage]) -> list[list[NDArray[np.float32]]]:
+        """Return the feature maps of each image, each (C, H, W)."""
         if not images:
             return []
-        inputs = torch.stack([self._transform(Image.fromarray(image[..., ::-1])) for image in images])
-        return list(self._model(inputs.to(self.device)).float().softmax(-1).cpu().numpy())
+        maps = [level.cpu().numpy() for level in self.session(self.prepare(images))]
+        return [[level[index] for level in maps] for index in range(len(images))]
 
 
 def load_runner(
     weights: str | Path,
     device: str = "",
-    imgsz: int | None = None,
+    imgsz: int | tuple[int, int] | None = None,
     conf: float = 0.25,
     iou: float = 0.7,
     max_det: int = 300,
     trust: bool = False,
     multi_label: bool = False,
+    threads: int = 0,
+    provider: str = "",
 ) -> Runner:
-    """Load weights by their suffix: ``.pt`` is a detector, ``.safetensors`` a classifier.
+    """Load weights or an exported file by its suffix.
 
     Args:
-        weights: file that a training run wrote.
+        weights: a ``.pt`` detector or ``.safetensors`` classifier that training wrote, or a file of ``tools/export.py``:
+            ``.onnx``, ``_openvino_model``, ``.engine``, ``.rtx.engine``, ``.torchscript``, ``.pt2``.
         device: ``cpu``, ``0`` or ``cuda:0``, ``mps``; empty: the best there is.
-        imgsz: side of the square network input in pixels, rounded up to the stride; None: as trained. A classifier
-            runs at its own size only.
+        imgsz: side, or (H, W), of the network input in pixels, rounded up to the stride; None: as trained or exported.
+            A classifier's weights and files of a fixed size run at their own size only.
         conf: boxes of a lower score are left out.
         iou: boxes of a class that overlap a better one by more are left out.
         max_det: most boxes of an image.
-        trust: load a detector's checkpoint as a plain pickle, which may run any code.
+        trust: load files that may run any code: a detector's checkpoint with foreign classes, a ``.pt2``.
         multi_label: a box may have several classes; for scoring.
+        threads: of the CPU; 0 leaves it to the runtime.
+        provider: execution provider of ONNX Runtime, or device of OpenVINO; empty: by ``device``.
 
     Raises:
         WeightsError: the file is missing, of another kind, damaged, or unsafe to load.
-        ConfigError: there is no such device, or a number is out of range.
+        ConfigError: there is no such device or provider, a number is out of range, or the size is fixed.
+        UnsupportedError: the runtime is not installed, or lacks the hardware that the file needs.
     """
     weights = Path(weights)
-    if not 0 <= conf <= 1 or not 0 <= iou <= 1 or max_det < 1 or (imgsz is not None and imgsz < 1):
+    sides = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
+    if not 0 <= conf <= 1 or not 0 <= iou <= 1 or max_det < 1 or threads < 0 or (sides and min(sides) < 1):
         raise ConfigError(
-            f"got conf {conf}, iou {iou}, max_det {max_det}, imgsz {imgsz}; expected 0..1, 0..1, 1 or more, 1 or more"
+            f"got conf {conf}, iou {iou}, max_det {max_det}, imgsz {imgsz}, threads {threads}; "
+            "expected 0..1, 0..1, 1 or more, 1 or more, 0 or more"
         )
-    place = _resolve_device(device)
-    if weights.suffix not in (".pt", ".safetensors"):
-        raise WeightsError(
-            f"{weights}: got suffix {weights.suffix!r}, expected .pt (a detector) or .safetensors (a classifier)"
-        )
-    if not weights.is_file():
-        raise WeightsError(f"weights not found: {weights}; give a file that training wrote, e.g. weights/best.pt")
-    if weights.suffix == ".pt":
-        return DetectRunner(load_detector(weights, trust), place, imgsz, conf, iou, max_det, multi_label)
-    runner = ClassifyRunner(load_classifier(weights, place), place)
-    if imgsz not in (None, runner.imgsz):
-        raise ConfigError(
-            f"{weights}: got imgsz {imgsz}, but this classifier runs at {runner.imgsz} only; leave it out"
-        )
-    return runner
+    session = open_session(weights, Place(device, threads, provider), trust)
+    size = _size(session.info, sides, weights)
+    if session.info.task == "detect":
+        return DetectRunner(session, size, conf, iou, max_det, multi_label)
+    return ClassifyRunner(session, size) if session.info.task == "classify" else FeaturesRunner(session, size)
 
 
-def _resolve_device(text: str) -> str:
-    if not text:
-        return "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{text}" if text.isdigit() else text)
-    except RuntimeError as error:
-        raise ConfigError(f"device {text!r} is unknown; expected cpu, mps, or a GPU's number such as 0") from error
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= there.get(device.type, 0):
+def open_session(path: Path, place: Place = Place(), trust: bool = False) -> Session:
+    """Load weights or an exported file as a bare network; arguments and errors as :func:`load_runner`."""
+    found = None if path.suffix in WEIGHTS else format_of(path)
+    if found is None:
+        torch_device(place.device)
+    if not path.exists():
+        raise WeightsError(f"weights not found: {path}; give a file that training wrote, or one of tools/export.py")
+    if found is None:
+        dynamic: Any = ("batch", "size") if path.suffix == ".pt" else ("batch",)
+        network = load_network(Request(str(path), dynamic=dynamic, trust=trust))
+        return TorchSession(network.module, network.info, place)
+    if found.RUNS_CODE and not trust:
+        raise WeightsError(f"{path}: loading such a file may run any code; if it is your own, pass --trust-weights")
+    return found.open_session(path, place)
+
+
+def format_of(path: Path) -> Format:
+    """Return the format that a file name ends like.
+
+    Raises:
+        WeightsError: like none.
+    """
+    endings = {form.SUFFIX: form for form in FORMATS.values()}
+    for suffix in sorted(endings, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            return endings[suffix]
+    if path.suffix == ".xml":
+        return FORMATS["openvino"]
+    raise WeightsError(
+        f"{path}: got suffix {path.suffix!r}, expected .pt (a detector) or .safetensors (a classifier), "
+        f"or {', '.join(sorted(endings))} (exported)"
+    )
+
+
+def _size(info: ModelInfo, asked: tuple[int, int] | None, weights: Path) -> tuple[int, int]:
+    if asked is None:
+        return info.size
+    size = (_multiple_of(info.stride, asked[0]), _multiple_of(info.stride, asked[1]))
+    if "size" not in info.dynamic and asked != info.size:
+        kind = "classifier" if info.task == "classify" else "file"
         raise ConfigError(
-            f"device {text!r} is not here; this machine has {there['cuda']} CUDA GPUs"
-            f"{' and mps' if there['mps'] else ''}; leave it out for the best one, or give cpu"
+            f"{weights}: got imgsz {_text(asked)}, but this {kind} runs at {_text(info.size)} only; leave it out"
         )
-    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+    return size
 
 
 def _multiple_of(stride: int, side: int) -> int:
     return -(-side // stride) * stride
+
+
+def _text(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

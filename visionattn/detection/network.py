@@ -1,0 +1,63 @@
+"""A detector as a plain network for a runtime: batch normalisation folded, images in, one tensor out."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.detection.model import YOLOLAT
+from visionattn.errors import UnsupportedError
+
+NMS = Literal["none", "embedded", "free"]
+
+
+class DetectionNetwork(nn.Module):
+    """Float32 images (B, 3, H, W), RGB in 0..1, to raw predictions.
+
+    With ``nms="none"`` these are (B, 4 + classes, anchors): box centre, width and height in pixels, then a score a class.
+    With ``nms="free"`` they are the (B, 300, 6) of an NMS-free head: x1, y1, x2, y2, score, class.
+
+    In half precision everything is, but the decoding of boxes and scores: 16 bits tell coordinates above 1024 pixels
+    apart only by whole ones.
+
+    Args:
+        detector: what to run; it is copied.
+        nms: ``none`` or ``free``.
+        half: run in float16.
+
+    Raises:
+        UnsupportedError: ``free`` is asked of a head without an NMS-free branch.
+    """
+
+    def __init__(self, detector: YOLOLAT, nms: NMS = "none", half: bool = False) -> None:
+        super().__init__()
+        model: Any = copy.deepcopy(detector.model).float().eval()
+        head = model.model[-1]
+        if nms == "free" and getattr(head, "one2one_cv2", None) is None:
+            raise UnsupportedError("nms=free: this detector has no NMS-free head (end2end: true in its yaml); use none")
+        head.end2end = nms == "free"
+        self.model = model.fuse(verbose=False).requires_grad_(False)
+        head.export, head.dynamic = True, True
+        self.half_precision = half
+        if half:
+            self.model.half()
+            head.dfl.float()
+            for branches in (head.cv2, head.cv3):
+                for index, branch in enumerate(branches):
+                    branches[index] = nn.Sequential(*branch, _Widen())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.half() if self.half_precision else images)
+
+
+class _Widen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def classes_and_size(detector: YOLOLAT) -> tuple[dict[int, str], int, int]:
+    """Return class names by index, the side in pixels that it was trained at, and its stride."""
+    names: dict[int, str] = dict(detector.names)
+    model: Any = detector.model
+    return names, int(detector.overrides.get("imgsz", 640)), int(torch.as_tensor(model.stride).max())

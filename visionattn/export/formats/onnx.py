@@ -1,0 +1,79 @@
+"""ONNX, run by ONNX Runtime."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.errors import ConfigError, UnsupportedError, WeightsError
+from visionattn.export.graph import Graph
+from visionattn.export.info import ModelInfo, read_info
+from visionattn.export.session import Place, Session, torch_device
+
+SUFFIX = ".onnx"
+PRECISIONS = ("fp32", "fp16", "int8")
+RUNS_CODE = False
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Write the graph as one ``.onnx`` file."""
+    shutil.copyfile(graph.onnx_file, path)
+
+
+def open_session(path: Path, place: Place) -> Session:
+    """Load a ``.onnx`` file."""
+    runtime = import_runtime()
+    provider = _provider(place, runtime.get_available_providers())
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if place.threads:
+        options.intra_op_num_threads = place.threads
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:  # the runtime's errors have no common class
+        raise WeightsError(f"{path} is damaged or no ONNX model for this runtime: {error}") from error
+    info = read_info(session.get_modelmeta().custom_metadata_map, str(path))
+    return OnnxSession(session, info, provider[0] if isinstance(provider, tuple) else provider)
+
+
+def import_runtime() -> Any:
+    """Return the module onnxruntime."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnsupportedError("onnxruntime is not installed; pip install 'visionattn[onnx]'") from error
+    return onnxruntime
+
+
+class OnnxSession(Session):
+    """A model in ONNX Runtime. Tensors pass through the host's memory."""
+
+    def __init__(self, session: Any, info: ModelInfo, provider: str) -> None:
+        super().__init__(info, f"onnxruntime {provider.removesuffix('ExecutionProvider')}")
+        self._session = session
+        entry = session.get_inputs()[0]
+        self._name, self._half = entry.name, entry.type == "tensor(float16)"
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        array = images.numpy()
+        outputs = self._session.run(None, {self._name: array.astype("float16") if self._half else array})
+        return [torch.from_numpy(output).float() for output in outputs]
+
+
+def _provider(place: Place, available: list[str]) -> Any:
+    if place.provider:
+        if place.provider not in available:
+            raise ConfigError(f"provider {place.provider!r} is not in this onnxruntime; it has {', '.join(available)}")
+        return place.provider
+    if not place.device:
+        return "CUDAExecutionProvider" if "CUDAExecutionProvider" in available else "CPUExecutionProvider"
+    device = torch_device(place.device)
+    if device == "cpu":
+        return "CPUExecutionProvider"
+    if device.startswith("cuda") and "CUDAExecutionProvider" in available:
+        return ("CUDAExecutionProvider", {"device_id": device.partition(":")[2]})
+    raise UnsupportedError(
+        f"device {place.device!r}: this onnxruntime has {', '.join(available)}; pip install onnxruntime-gpu, or give cpu"
+    )

@@ -1,0 +1,21 @@
+"""Engines of TensorRT 10 and 11."""
+
+from pathlib import Path
+
+from visionattn.export.formats.engines import TENSORRT, open_engine, write_engine
+from visionattn.export.graph import Graph
+from visionattn.export.session import Place, Session
+
+SUFFIX = ".engine"
+PRECISIONS = ("fp32", "fp16", "int8")
+RUNS_CODE = False
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Build and write an engine."""
+    write_engine(TENSORRT, graph, path)
+
+
+def open_session(path: Path, place: Place) -> Session:
+    """Load an engine."""
+    return open_engine(TENSORRT, path, place)

@@ -1,0 +1,24 @@
+"""Engines of TensorRT-RTX."""
+
+from pathlib import Path
+
+from visionattn.errors import UnsupportedError
+from visionattn.export.formats.engines import TENSORRT_RTX, open_engine, write_engine
+from visionattn.export.graph import Graph
+from visionattn.export.session import Place, Session
+
+SUFFIX = ".rtx.engine"
+PRECISIONS = ("fp32", "fp16", "int8")
+RUNS_CODE = False
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Build and write an engine."""
+    if graph.info.nms == "embedded":
+        raise UnsupportedError("tensorrt-rtx: it has no kernel for nms=embedded; use none or free")
+    write_engine(TENSORRT_RTX, graph, path)
+
+
+def open_session(path: Path, place: Place) -> Session:
+    """Load an engine."""
+    return open_engine(TENSORRT_RTX, path, place)

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+
+class Quantizer:
+    kept: list[str] = []
+
+    def bound(self, info): ...

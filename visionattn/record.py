@@ -1,0 +1,63 @@
+"""What a result depends on besides its input: versions, device, commit, command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    *("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy"),
+    *("opencv-python", "opencv-python-headless", "pycocotools", "faster-coco-eval"),
+    *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_cu13_libs"),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Return date, command, commit, device, platform and versions."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {_processor()}",
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _commit() -> str | None:
+    """Return the commit that this package is checked out at, marked if files differ from it, or None.
+
+    A copy without its repository, on a borrowed machine say, may be told it by ``VISIONATTN_COMMIT``.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return os.environ.get("VISIONATTN_COMMIT")
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a folder of someone else's
+        return None
