@@ -1,6 +1,7 @@
 """Data sets: embedded ones that need no download, and the user's own, read and checked before anything is trained."""
 
 from visionattn.data.augment import build_augment
+from visionattn.data.calibration import calibration_images
 from visionattn.data.classification import ClassificationData, check_images, load_classification_data
 from visionattn.data.coco import coco_ground_truth, write_coco
 from visionattn.data.detection import (
@@ -22,6 +23,7 @@ __all__ = [
     "DetectionData",
     "Problem",
     "build_augment",
+    "calibration_images",
     "check_data",
     "check_images",
     "coco_ground_truth",

@@ -15,8 +15,8 @@ NMS = Literal["none", "embedded", "free"]
 class DetectionNetwork(nn.Module):
     """Float32 images (B, 3, H, W), RGB in 0..1, to raw predictions.
 
-    With ``nms="none"`` these are (B, 4 + classes, anchors): box centre, width and height in pixels, then a score a class.
-    With ``nms="free"`` they are the (B, 300, 6) of an NMS-free head: x1, y1, x2, y2, score, class.
+    With ``nms="none"`` these are (B, 4 + classes, anchors): box centre, width and height in pixels, then a score a
+    class. With ``nms="free"`` they are the (B, 300, 6) of an NMS-free head: x1, y1, x2, y2, score, class.
 
     In half precision everything is, but the decoding of boxes and scores: 16 bits tell coordinates above 1024 pixels
     apart only by whole ones.

@@ -149,8 +149,7 @@ def evaluate(
     Raises:
         WeightsError: the weights cannot be loaded, have diverged, or have another number of classes than the data.
         DataError: the data set is missing, incomplete or damaged.
-        ConfigError: an option is out of range, there is no such device, or boxes of the scores that count are cut out of
-            an exported file.
+        ConfigError: an option is out of range, there is no such device, or a file leaves out boxes that count.
         UnsupportedError: the backend or the runtime is not installed, or the model is a bare backbone.
     """
     if batch < 1:
@@ -189,8 +188,8 @@ def _check_scorable(runner: Runner, weights: str | Path, conf: float) -> None:
     info = runner.info
     if info.nms == "embedded" and (info.conf or 0) > conf:
         raise ConfigError(
-            f"{weights}: boxes of a score up to {info.conf} are cut out of it, so its AP would be too low; export it with "
-            f"--conf {conf}, or with --nms none"
+            f"{weights}: boxes of a score up to {info.conf} are cut out of it, so its AP would be too low; export it "
+            f"with --conf {conf}, or with --nms none"
         )
 
 

@@ -1,14 +1,7 @@
 """Networks on their way to production: exported, verified, and run by one abstraction, whatever the runtime."""
 
-from visionattn.export.runner import (
-    BGRImage,
-    ClassifyRunner,
-    Detections,
-    DetectRunner,
-    FeaturesRunner,
-    Runner,
-    load_runner,
-)
+from visionattn.export.inputs import BGRImage
+from visionattn.export.runner import ClassifyRunner, Detections, DetectRunner, FeaturesRunner, Runner, load_runner
 
 __all__ = [
     "BGRImage",

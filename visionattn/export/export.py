@@ -10,12 +10,14 @@ from typing import Literal
 
 from visionattn.errors import ConfigError, ExportError, ParityError, UnsupportedError, VisionAttnError, suggest
 from visionattn.export.formats import FORMATS, Format
+from visionattn.export.formats.engines import source_of
 from visionattn.export.graph import BuildOptions, Graph
 from visionattn.export.info import ModelInfo
 from visionattn.export.network import Request, load_network
-from visionattn.export.quantize import Quantizer
+from visionattn.export.parity import Parity
+from visionattn.export.quantize import Calibration
 from visionattn.export.session import Place, Session
-from visionattn.export.verify import Parity, compare, half_range, photographs
+from visionattn.export.verify import compare, half_range, photographs
 
 HALF_LIMIT = 65504.0
 """The largest number of float16."""
@@ -50,8 +52,8 @@ def export(
     request: Request,
     form: str,
     output: Path | None = None,
-    quantizer: Quantizer | None = None,
-    build: BuildOptions = BuildOptions(),
+    calibration: Calibration | None = None,
+    build: BuildOptions | None = None,
     check: Callable[[Path], None] = lambda path: None,
 ) -> Exported:
     """Write a network in another format and verify the result against the weights.
@@ -60,7 +62,7 @@ def export(
         request: what to export.
         form: a name in :data:`~visionattn.export.formats.FORMATS`.
         output: file to write; None for one beside the weights, named like them.
-        quantizer: for int8.
+        calibration: images to quantise by; for int8.
         build: how to build an engine.
         check: called with the verified file before it gets its final name; may raise.
 
@@ -74,20 +76,20 @@ def export(
     if form not in FORMATS:
         raise ConfigError(f"format {form!r}; {suggest(form, FORMATS)}")
     writer = FORMATS[form]
-    _check(request, form, writer, quantizer)
+    _check(request, form, writer, calibration)
     path = (output or default_path(request, writer)).absolute()
-    if not path.name.endswith(writer.SUFFIX):
-        raise ConfigError(f"output {path}: names of {form} end in {writer.SUFFIX}, by which its runtime is found")
+    if not path.name.endswith(writer.suffix):
+        raise ConfigError(f"output {path}: names of {form} end in {writer.suffix}, by which its runtime is found")
     network = load_network(request)
     with _staged(path) as staged:
         started = time.perf_counter()
-        graph = Graph(network, staged.parent, quantizer.bound(network.info) if quantizer else None, build)
+        graph = Graph(network, staged.parent, calibration, build)
         _write(writer, form, graph, staged)
         written = time.perf_counter()
         session, why = _opened(writer, staged, graph)
-        parity = compare(network, session)
+        parity = compare(network, session, calibration.judging if calibration else photographs)
         parity.check(path.name)
-        peak = _peak(graph, path) if request.precision == "fp16" and writer.PRECISIONS[-1] == "int8" else None
+        peak = _peak(graph, path) if request.precision == "fp16" and writer.of_onnx else None
         check(staged)
         done = time.perf_counter()
     return Exported(
@@ -95,9 +97,9 @@ def export(
         session.info,
         parity,
         "graph" if why else "file",
-        why,
+        why.replace(str(staged), path.name),
         peak,
-        quantizer.kept if quantizer else [],
+        graph.kept,
         (written - started, done - written),
     )
 
@@ -107,13 +109,13 @@ def default_path(request: Request, writer: Format) -> Path:
     weights = Path(request.weights)
     stem = weights.stem if request.precision == "fp32" else f"{weights.stem}-{request.precision}"
     folder = weights.parent if weights.suffix in (".pt", ".safetensors") else Path("runs/export")
-    return folder / f"{stem}{writer.SUFFIX}"
+    return folder / f"{stem}{writer.suffix}"
 
 
-def _check(request: Request, form: str, writer: Format, quantizer: Quantizer | None) -> None:
-    if request.precision not in writer.PRECISIONS:
-        raise UnsupportedError(f"{form} holds {', '.join(writer.PRECISIONS)}; got {request.precision}")
-    if (request.precision == "int8") != (quantizer is not None):
+def _check(request: Request, form: str, writer: Format, calibration: Calibration | None) -> None:
+    if request.precision not in writer.precisions:
+        raise UnsupportedError(f"{form} holds {', '.join(writer.precisions)}; got {request.precision}")
+    if (request.precision == "int8") != (calibration is not None):
         raise ConfigError("int8 needs images to calibrate by, and nothing else does: give --calibrate DATA with int8")
 
 
@@ -129,16 +131,16 @@ def _write(writer: Format, form: str, graph: Graph, path: Path) -> None:
 def _opened(writer: Format, path: Path, graph: Graph) -> tuple[Session, str]:
     """Open the file, or the ONNX graph that it was made of where its runtime has no hardware here."""
     try:
-        return writer.open_session(path, Place("" if path.name.endswith(".engine") else "cpu")), ""
+        return writer.open_session(path, Place("" if writer.of_hardware else "cpu")), ""
     except UnsupportedError as error:
-        if not path.name.endswith(".engine"):
+        if not writer.of_hardware:
             raise
-        return FORMATS["onnx"].open_session(graph.onnx_file, Place("cpu")), str(error)
+        return FORMATS["onnx"].open_session(source_of(graph), Place("cpu")), str(error)
 
 
 def _peak(graph: Graph, path: Path) -> tuple[str, float]:
     """Return the largest magnitude that float16 has to hold."""
-    name, peak = half_range(graph.onnx_file, photographs(graph.example().shape[0], graph.info.size, graph.info))
+    name, peak = half_range(graph.onnx_file, photographs(graph.info, graph.info.batch, graph.info.size))
     if not peak <= HALF_LIMIT:
         raise ParityError(
             f"{path.name}: {name} overflows float16 on photographs; export it in fp32. Nothing was written"

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from visionattn.errors import ExportError, UnsupportedError
 from visionattn.export.info import ModelInfo, as_text
 from visionattn.export.network import Network
 from visionattn.export.nms import onnx_translation
+from visionattn.export.quantize import Calibration, quantize_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -51,18 +52,22 @@ class Graph:
     Args:
         network: what to export.
         folder: for files that formats make of each other.
-        quantize: turns an ONNX file of float32 into one of int8, in place; needed for that precision.
+        calibration: images to quantise by; needed for int8.
         build: how to build an engine.
+
+    Attributes:
+        kept: parts of an int8 network that stayed in float32.
     """
 
     def __init__(
         self,
         network: Network,
         folder: Path,
-        quantize: Callable[[Path], None] | None = None,
-        build: BuildOptions = BuildOptions(),
+        calibration: Calibration | None = None,
+        build: BuildOptions | None = None,
     ) -> None:
-        self.network, self.folder, self.build, self._quantize = network, folder, build, quantize
+        self.network, self.folder, self.build = network, folder, build or BuildOptions()
+        self.calibration, self.kept = calibration, list[str]()
 
     @property
     def info(self) -> ModelInfo:
@@ -94,7 +99,7 @@ class Graph:
 
     @cached_property
     def onnx_file(self) -> Path:
-        """The network in ONNX, in its precision.
+        """The network in ONNX, in its precision; float32 for int8.
 
         Raises:
             UnsupportedError: what writes ONNX is not installed.
@@ -123,9 +128,23 @@ class Graph:
         model = made.model_proto
         _name(model, self.info)
         onnx.save(model, str(path))
-        if self.info.precision == "int8":
-            assert self._quantize is not None
-            self._quantize(path)
+        describe(path, self.info.updated(opset=OPSET))
+        return path
+
+    @cached_property
+    def int8_file(self) -> Path:
+        """The network in ONNX, quantised by ONNX Runtime with ranges that have an offset."""
+        return self._quantized("int8.onnx", symmetric=False)
+
+    @cached_property
+    def symmetric_int8_file(self) -> Path:
+        """The same with ranges around zero, as TensorRT wants them."""
+        return self._quantized("symmetric.onnx", symmetric=True)
+
+    def _quantized(self, name: str, symmetric: bool) -> Path:
+        assert self.calibration is not None
+        path = self.folder / name
+        self.kept = quantize_onnx(self.onnx_file, path, self.calibration, self.info, symmetric)
         describe(path, self.info.updated(opset=OPSET))
         return path
 

@@ -29,8 +29,8 @@ class ModelInfo(BaseModel):
         stride: sides of the input are multiples of it.
         precision: of the arithmetic; inputs and outputs are float32 whatever it is.
         dynamic: which of ``batch`` and ``size`` a caller may choose.
-        nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph) or
-            ``free`` (boxes of an NMS-free head).
+        nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph)
+            or ``free`` (boxes of an NMS-free head).
         conf: of an embedded suppression: boxes of a lower score are not in the output.
         iou: of an embedded suppression: so are boxes of a class that overlap a better one by more.
         max_det: of an embedded suppression: most boxes of an image.
@@ -63,7 +63,7 @@ class ModelInfo(BaseModel):
         return self.model_copy(update=changes)
 
     def metadata(self) -> dict[str, Any]:
-        """Return what is written into a file: the whole under :data:`KEY`, a detector's also as Ultralytics reads it."""
+        """Return what is written into a file: the whole by :data:`KEY`, a detector's also as Ultralytics reads it."""
         own = {KEY: self.model_dump_json()}
         if self.task != "detect":
             return own

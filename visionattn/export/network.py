@@ -1,7 +1,7 @@
 """From weights, a timm name or a model yaml to a network that can be captured, and its description."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from visionattn.backbones.classifier import create_model, has_fixed_size, load_classifier
-from visionattn.detection import DetectionNetwork, build_detector, classes_and_size
+from visionattn.detection import NMS, DetectionNetwork, build_detector, classes_and_size
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.export.info import Dynamic, ModelInfo, Precision
 from visionattn.export.nms import EmbeddedNMS, Thresholds
@@ -39,8 +39,8 @@ class Request:
     batch: int = 1
     dynamic: tuple[Dynamic, ...] = ()
     precision: Precision = "fp32"
-    nms: str = "none"
-    thresholds: Thresholds = Thresholds()
+    nms: NMS = "none"
+    thresholds: Thresholds = field(default_factory=Thresholds)
     features: bool = False
     model_kwargs: dict[str, Any] | None = None
     trust: bool = False
@@ -119,7 +119,8 @@ def _of_timm(request: Request) -> Network:
         if request.features:
             raise UnsupportedError("features: give the name of a timm model; a .safetensors of ours is a classifier")
         found = load_classifier(request.weights, options=options)
-        name, model, names, config = found.name, found.model, found.classes, found.data_config
+        name, names, config = found.name, found.classes, found.data_config
+        model: Any = found.model
     else:
         name = request.weights
         model = create_model(name, options | ({"features_only": True} if request.features else {}))

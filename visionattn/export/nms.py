@@ -55,7 +55,7 @@ class EmbeddedNMS(nn.Module):
         centre, extent, scores = raw[:, :2], raw[:, 2:4], raw[:, 4:]
         boxes = torch.cat((centre - extent / 2, centre + extent / 2), 1).transpose(1, 2)
         kept = scores * torch.ops.visionattn.survivors(boxes, scores, self.thresholds.conf, self.thresholds.iou)
-        # There may be fewer scores than boxes asked for. Classes lie innermost: their number is known, that of anchors not.
+        # There may be fewer scores than boxes asked for. Classes lie innermost, since their number is known.
         padded = nn.functional.pad(kept.transpose(1, 2), [0, 0, 0, self.thresholds.max_det])
         best, index = padded.flatten(1).topk(self.thresholds.max_det)
         place = (index // scores.shape[1]).clamp(max=boxes.shape[1] - 1)
@@ -89,7 +89,9 @@ def _(boxes: Tensor, scores: Tensor, conf: float, iou: float) -> Tensor:
 
 def onnx_translation() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return how :func:`survivors` reads in ONNX, for the exporter's table of translations."""
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     def translated(boxes: Any, scores: Any, conf: float, iou: float) -> Any:
         most = op.Reshape(op.Shape(scores, start=2, end=3), op.Constant(value_ints=[1]))

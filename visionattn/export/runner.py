@@ -52,7 +52,7 @@ class Runner(Protocol):
 
     @property
     def task(self) -> Literal["detect", "classify", "features"]:
-        """``detect`` gives :class:`Detections`, ``classify`` probabilities (C,), ``features`` a list of maps (C, H, W)."""
+        """``detect`` gives :class:`Detections`, ``classify`` probabilities (C,), ``features`` maps (C, H, W)."""
         ...
 
     def __call__(self, images: Sequence[BGRImage]) -> list[Any]:
@@ -137,8 +137,9 @@ def load_runner(
     """Load weights or an exported file by its suffix.
 
     Args:
-        weights: a ``.pt`` detector or ``.safetensors`` classifier that training wrote, or a file of ``tools/export.py``:
-            ``.onnx``, ``_openvino_model``, ``.engine``, ``.rtx.engine``, ``.torchscript``, ``.pt2``.
+        weights: a ``.pt`` detector or ``.safetensors`` classifier that training wrote, or a file of
+            ``tools/export.py``: ``.onnx``, ``_openvino_model``, ``.engine``, ``.rtx.engine``, ``.torchscript``,
+            ``.pt2``.
         device: ``cpu``, ``0`` or ``cuda:0``, ``mps``; empty: the best there is.
         imgsz: side, or (H, W), of the network input in pixels, rounded up to the stride; None: as trained or exported.
             A classifier's weights and files of a fixed size run at their own size only.
@@ -169,8 +170,9 @@ def load_runner(
     return ClassifyRunner(session, size) if session.info.task == "classify" else FeaturesRunner(session, size)
 
 
-def open_session(path: Path, place: Place = Place(), trust: bool = False) -> Session:
+def open_session(path: Path, place: Place | None = None, trust: bool = False) -> Session:
     """Load weights or an exported file as a bare network; arguments and errors as :func:`load_runner`."""
+    place = place or Place()
     found = None if path.suffix in WEIGHTS else format_of(path)
     if found is None:
         torch_device(place.device)
@@ -180,7 +182,7 @@ def open_session(path: Path, place: Place = Place(), trust: bool = False) -> Ses
         dynamic: Any = ("batch", "size") if path.suffix == ".pt" else ("batch",)
         network = load_network(Request(str(path), dynamic=dynamic, trust=trust))
         return TorchSession(network.module, network.info, place)
-    if found.RUNS_CODE and not trust:
+    if found.runs_code and not trust:
         raise WeightsError(f"{path}: loading such a file may run any code; if it is your own, pass --trust-weights")
     return found.open_session(path, place)
 
@@ -191,7 +193,7 @@ def format_of(path: Path) -> Format:
     Raises:
         WeightsError: like none.
     """
-    endings = {form.SUFFIX: form for form in FORMATS.values()}
+    endings = {form.suffix: form for form in FORMATS.values()}
     for suffix in sorted(endings, key=len, reverse=True):
         if path.name.endswith(suffix):
             return endings[suffix]

@@ -17,8 +17,8 @@ class Place:
     Attributes:
         device: ``cpu``, ``0`` or ``cuda:0``, ``mps``; empty: the best there is.
         threads: of the CPU; 0 leaves it to the runtime.
-        provider: an execution provider of ONNX Runtime, such as ``CUDAExecutionProvider``, or a device of OpenVINO, such
-            as ``GPU``; empty: by ``device``.
+        provider: an execution provider of ONNX Runtime, such as ``CUDAExecutionProvider``, or a device of OpenVINO,
+            such as ``GPU``; empty: by ``device``.
     """
 
     device: str = ""
@@ -54,7 +54,7 @@ class Session(ABC):
         images = images.to(self.place)
         if "batch" in self.info.dynamic:
             return self.run(images)
-        parts = [self._filled(part) for part in images.split(self.info.batch)]
+        parts = [self._filled(part) for part in torch.split(images, self.info.batch)]
         return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
     def _filled(self, images: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: engines built of ONNX by one way for both, since their Python interfaces agree.
 
-Networks are strongly typed: precision is that of the ONNX graph, as TensorRT 11 demands and 10 offers. An engine belongs
-to the package and version that built it, and to a GPU or a family of GPUs.
+Networks are strongly typed: precision is that of the ONNX graph, as TensorRT 11 demands and 10 offers. An engine
+belongs to the package and version that built it, and to a GPU or a family of GPUs.
 """
 
 import importlib
@@ -83,7 +83,7 @@ def build(runtime: Runtime, graph: Graph) -> Built:
     builder = trt.Builder(logger.made)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger.made)
-    if not parser.parse(graph.onnx_file.read_bytes()):
+    if not parser.parse(source_of(graph).read_bytes()):
         faults = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise ExportError(f"{runtime.name} cannot read the graph of {graph.info.model}: {faults}")
     config = builder.create_builder_config()
@@ -101,6 +101,11 @@ def build(runtime: Runtime, graph: Graph) -> Built:
     return Built(bytes(plan), network.num_layers)
 
 
+def source_of(graph: Graph) -> Path:
+    """Return the ONNX file that an engine is built of."""
+    return graph.symmetric_int8_file if graph.info.precision == "int8" else graph.onnx_file
+
+
 def write_engine(runtime: Runtime, graph: Graph, path: Path) -> None:
     """Write an engine behind its description: four bytes of length, JSON, then the engine, as Ultralytics does."""
     built = build(runtime, graph)
@@ -115,7 +120,7 @@ def open_engine(runtime: Runtime, path: Path, place: Place) -> Session:
     """Load an engine.
 
     Raises:
-        UnsupportedError: there is no GPU, the package is missing, or it is another version or GPU than it was built for.
+        UnsupportedError: there is no GPU, no package, or another version or GPU than the engine was built for.
         WeightsError: the file is damaged.
     """
     metadata, plan = _split(path)
@@ -174,7 +179,7 @@ class _Log:
         self.last = ""
         outer = self
 
-        class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        class Log(trt.ILogger):
             def log(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.ERROR:
                     outer.last = message

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
+from visionattn.export.formats.base import Format
 from visionattn.export.graph import Graph
 from visionattn.export.info import ModelInfo, read_info
 from visionattn.export.session import Place, Session, torch_device
 
-SUFFIX = ".onnx"
-PRECISIONS = ("fp32", "fp16", "int8")
-RUNS_CODE = False
-
 
 def write(graph: Graph, path: Path) -> None:
     """Write the graph as one ``.onnx`` file."""
-    shutil.copyfile(graph.onnx_file, path)
+    shutil.copyfile(graph.int8_file if graph.info.precision == "int8" else graph.onnx_file, path)
 
 
 def open_session(path: Path, place: Place) -> Session:
@@ -75,5 +72,8 @@ def _provider(place: Place, available: list[str]) -> Any:
     if device.startswith("cuda") and "CUDAExecutionProvider" in available:
         return ("CUDAExecutionProvider", {"device_id": device.partition(":")[2]})
     raise UnsupportedError(
-        f"device {place.device!r}: this onnxruntime has {', '.join(available)}; pip install onnxruntime-gpu, or give cpu"
+        f"device {place.device!r}: this onnxruntime has {', '.join(available)}; install onnxruntime-gpu, or give cpu"
     )
+
+
+FORMAT = Format(".onnx", write, open_session)

@@ -8,13 +8,11 @@ import yaml
 from torch import Tensor
 
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
+from visionattn.export.formats.base import Format
 from visionattn.export.graph import OPSET, Graph
 from visionattn.export.info import KEY, ModelInfo, read_info
+from visionattn.export.quantize import quantize_openvino
 from visionattn.export.session import Place, Session
-
-SUFFIX = "_openvino_model"
-PRECISIONS = ("fp32", "fp16", "int8")
-RUNS_CODE = False
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -22,6 +20,9 @@ def write(graph: Graph, path: Path) -> None:
     openvino = import_openvino()
     info = graph.info.updated(opset=OPSET)
     model = openvino.convert_model(str(graph.onnx_file))
+    if info.precision == "int8":
+        assert graph.calibration is not None
+        model, graph.kept = quantize_openvino(model, graph.calibration, info)
     model.set_rt_info(info.model_dump_json(), [KEY])
     path.mkdir()
     openvino.save_model(model, str(path / "model.xml"), compress_to_fp16=info.precision == "fp16")
@@ -84,3 +85,6 @@ def _metadata(model: Any, file: Path) -> dict[str, Any]:
     sidecar = file.with_name("metadata.yaml")
     found = yaml.safe_load(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
     return found if isinstance(found, dict) else {}
+
+
+FORMAT = Format("_openvino_model", write, open_session)

@@ -5,13 +5,10 @@ from pathlib import Path
 import torch
 
 from visionattn.errors import WeightsError
+from visionattn.export.formats.base import Format
 from visionattn.export.graph import Graph
 from visionattn.export.info import KEY, read_info
 from visionattn.export.session import Place, Session, TorchSession
-
-SUFFIX = ".pt2"
-PRECISIONS = ("fp32", "fp16")
-RUNS_CODE = True
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -28,3 +25,6 @@ def open_session(path: Path, place: Place) -> Session:
         raise WeightsError(f"{path} is damaged or no exported program: {error}") from error
     metadata = {KEY: extra[KEY]} if extra[KEY] else {}
     return TorchSession(program.module(), read_info(metadata, str(path)), place)
+
+
+FORMAT = Format(".pt2", write, open_session, precisions=("fp32", "fp16"), of_onnx=False, runs_code=True)

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
+from visionattn.export.formats.base import Format
 from visionattn.export.formats.engines import TENSORRT, open_engine, write_engine
 from visionattn.export.graph import Graph
 from visionattn.export.session import Place, Session
-
-SUFFIX = ".engine"
-PRECISIONS = ("fp32", "fp16", "int8")
-RUNS_CODE = False
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -19,3 +16,6 @@ def write(graph: Graph, path: Path) -> None:
 def open_session(path: Path, place: Place) -> Session:
     """Load an engine."""
     return open_engine(TENSORRT, path, place)
+
+
+FORMAT = Format(".engine", write, open_session, of_hardware=True)

@@ -3,13 +3,10 @@
 from pathlib import Path
 
 from visionattn.errors import UnsupportedError
+from visionattn.export.formats.base import Format
 from visionattn.export.formats.engines import TENSORRT_RTX, open_engine, write_engine
 from visionattn.export.graph import Graph
 from visionattn.export.session import Place, Session
-
-SUFFIX = ".rtx.engine"
-PRECISIONS = ("fp32", "fp16", "int8")
-RUNS_CODE = False
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -22,3 +19,6 @@ def write(graph: Graph, path: Path) -> None:
 def open_session(path: Path, place: Place) -> Session:
     """Load an engine."""
     return open_engine(TENSORRT_RTX, path, place)
+
+
+FORMAT = Format(".rtx.engine", write, open_session, of_hardware=True)

@@ -1,0 +1,131 @@
+"""Export a detector, a classifier or a backbone, and verify that the file computes what the weights compute.
+
+python tools/export.py --weights weights/yolo-lat-n-aquarium.pt --format onnx --precision fp16 --dynamic batch,size
+python tools/export.py --weights vit_lat_tiny_patch16_224 --format openvino --model-kwargs num_classes=10
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from visionattn.cli import run, size_of, text_of
+from visionattn.data import calibration_images
+from visionattn.detection import NMS
+from visionattn.engine.parity import Report, headline, score_check
+from visionattn.errors import ConfigError, suggest
+from visionattn.export.export import Exported, export
+from visionattn.export.formats import FORMATS
+from visionattn.export.graph import BuildOptions
+from visionattn.export.info import Precision
+from visionattn.export.network import Request
+from visionattn.export.nms import Thresholds
+from visionattn.export.quantize import Calibration
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    weights: Annotated[str, typer.Option(help="a .pt or .safetensors, a model of timm, or a model yaml")],
+    format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "onnx",
+    precision: Annotated[Precision, typer.Option(help="of the arithmetic; inputs and outputs are float32")] = "fp32",
+    output: Annotated[Path | None, typer.Option(help="file to write; beside the weights if left out")] = None,
+    imgsz: Annotated[str, typer.Option(help="side of the input in pixels, or H,W; as trained if left out")] = "",
+    batch: Annotated[int, typer.Option(help="images of a batch; those to tune for, if it is dynamic")] = 1,
+    dynamic: Annotated[str, typer.Option(help="what a caller may choose: batch, size, or batch,size")] = "",
+    nms: Annotated[
+        NMS, typer.Option(help="of a detector: none, raw predictions; embedded in the graph; free, by an NMS-free head")
+    ] = "none",
+    conf: Annotated[float, typer.Option(help="fixed in the file by --nms embedded; for AP next to nothing")] = 0.001,
+    iou: Annotated[float, typer.Option(help="likewise")] = 0.7,
+    max_det: Annotated[int, typer.Option(help="likewise")] = 300,
+    features: Annotated[bool, typer.Option("--features", help="feature maps of a timm model, not logits")] = False,
+    model_kwargs: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of timm.create_model, such as dynamic_img_size=true; repeatable")
+    ] = None,
+    calibrate: Annotated[str, typer.Option(help="data whose train split int8 is calibrated by")] = "",
+    calibration_size: Annotated[int, typer.Option(help="how many images of it")] = 128,
+    verify_data: Annotated[str, typer.Option(help="data to score weights and file on: AP or top-1")] = "",
+    split: Annotated[str, typer.Option(help="split of --verify-data")] = "val",
+    max_batch: Annotated[int, typer.Option(help="of an engine with a dynamic batch")] = 16,
+    max_size: Annotated[str, typer.Option(help="of an engine with a dynamic size: a side, or H,W; twice --imgsz")] = "",
+    workspace: Annotated[float, typer.Option(help="GiB that an engine's builder may use; 0 for all")] = 0.0,
+    level: Annotated[int, typer.Option(min=0, max=5, help="how long an engine's builder searches")] = 3,
+    timing_cache: Annotated[Path | None, typer.Option(help="file of an engine builder's earlier measurements")] = None,
+    trust_weights: Annotated[
+        bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
+    ] = False,
+) -> None:
+    request = Request(
+        weights,
+        size_of(imgsz),
+        batch,
+        axes_of(dynamic),
+        precision,
+        nms,
+        Thresholds(conf, iou, max_det),
+        features,
+        kwargs_of(model_kwargs or []),
+        trust_weights,
+    )
+    scores: list[tuple[Report, Report]] = []
+    exported = export(
+        request,
+        format,
+        output,
+        Calibration(calibration_images(calibrate, calibration_size)) if calibrate else None,
+        BuildOptions(max_batch, size_of(max_size), workspace, level, timing_cache),
+        *([score_check(Path(weights), verify_data, split, request.size, trust_weights, scores)] if verify_data else []),
+    )
+    show(exported)
+    for before, after in scores:
+        print(f"scores on {after.data} {after.split}: weights {headline(before):.4f}, file {headline(after):.4f}")
+    print(f"written: {exported.path}")
+
+
+def show(exported: Exported) -> None:
+    """Print what the file is and how far it is from the weights."""
+    info, parity = exported.info, exported.parity
+    print(f"{info.model}: {info.task}, {info.precision}, at {text_of(info.size)} px, batch {info.batch}")
+    print(f"dynamic: {', '.join(info.dynamic) or 'nothing'}; nms: {info.nms}; ONNX opset: {info.opset or 'none'}")
+    table = Table("output", "batch", "size", "max error", "relative", "rms")
+    for error in parity.errors:
+        figures = (f"{error.absolute:.2e}", f"{error.relative:.2e}", f"{error.rms:.2e}")
+        table.add_row(error.part, str(error.batch), text_of(error.size), *figures)
+    Console().print(table)
+    kind = "rms" if info.precision == "int8" else "relative"
+    largest = parity.measured(parity.worst)
+    print(f"largest {kind} error {largest:.2e}, accepted for {info.precision}: {parity.tolerance:g}")
+    if exported.peak:
+        name, peak = exported.peak
+        print(f"largest float16 value on photographs: {peak:.3g} ({name}), of 65504")
+    if exported.kept:
+        print(f"in float32, being sensitive: {', '.join(exported.kept)}")
+    if exported.ran == "graph":
+        print(f"the file was built but NOT RUN here; the graph that it was built of was compared. {exported.why}")
+    print(f"{exported.seconds[0]:.1f} s to write, {exported.seconds[1]:.1f} s to verify")
+
+
+def axes_of(text: str) -> tuple[Any, ...]:
+    """Read what shall be dynamic."""
+    axes = tuple(part.strip() for part in text.split(",") if part.strip())
+    for axis in axes:
+        if axis not in ("batch", "size"):
+            raise ConfigError(f"--dynamic {text}: {axis!r}; {suggest(axis, ('batch', 'size'))}")
+    return axes
+
+
+def kwargs_of(texts: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE, the values as YAML."""
+    for text in texts:
+        if "=" not in text:
+            raise ConfigError(f"--model-kwargs {text}: expected KEY=VALUE, e.g. attn_layer=slay")
+    return {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
+if __name__ == "__main__":
+    run(app)
