@@ -14,13 +14,10 @@ from visionattn.export.formats.engines import source_of
 from visionattn.export.graph import BuildOptions, Graph
 from visionattn.export.info import ModelInfo
 from visionattn.export.network import Request, load_network
-from visionattn.export.parity import Parity
+from visionattn.export.parity import HALF_LIMIT, Parity
 from visionattn.export.quantize import Calibration
 from visionattn.export.session import Place, Session
 from visionattn.export.verify import compare, half_range, photographs
-
-HALF_LIMIT = 65504.0
-"""The largest number of float16."""
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,10 @@ def _of_timm(request: Request) -> Network:
     size = request.size or tuple(config["input_size"][-2:])
     if size != tuple(config["input_size"][-2:]) and has_fixed_size(name):
         getattr(model, "model", model).set_input_size(img_size=size)
-    truth = _TimmNetwork(model, False).eval().requires_grad_(False)
+    truth = TimmNetwork(model, False).eval().requires_grad_(False)
     half = request.precision == "fp16"
     return Network(
-        _TimmNetwork(copy.deepcopy(model), True).eval().requires_grad_(False) if half else truth,
+        TimmNetwork(copy.deepcopy(model), True).eval().requires_grad_(False) if half else truth,
         truth,
         ModelInfo(
             task="features" if request.features else "classify",
@@ -155,7 +155,7 @@ def _common(request: Request) -> dict[str, Any]:
     }
 
 
-class _TimmNetwork(nn.Module):
+class TimmNetwork(nn.Module):
     """A timm model in the precision asked for, with float32 at both ends."""
 
     def __init__(self, model: nn.Module, half: bool) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 from visionattn.errors import ParityError
 from visionattn.export.info import ModelInfo, Precision
 
+HALF_LIMIT = 65504.0
+"""The largest number of float16."""
+
 INT8_TOLERANCE = 0.15
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": INT8_TOLERANCE}
 """Largest error that is accepted: of fp32 and fp16 the maximum relative one, of int8 the relative root mean square."""
@@ -100,7 +103,7 @@ def _parts(outputs: list[Tensor], info: ModelInfo) -> Iterator[tuple[str, Tensor
     elif info.nms == "none":
         yield "boxes", outputs[0][:, :4]
         yield "scores", outputs[0][:, 4:]
-        yield "score logits", outputs[0][:, 4:].double().clamp(LEAST_SCORE / 10, 1 - LEAST_SCORE).logit()
+        yield "score logits", outputs[0][:, 4:].double().clamp(LEAST_SCORE, 1 - LEAST_SCORE).logit()
     else:
         yield "detections", outputs[0]
 

@@ -32,12 +32,14 @@ class Calibration:
 
     Attributes:
         images: paths, at least 8.
+        tolerance: relative root mean square error of the output, up to which parts are put back into float32.
 
     Raises:
         ConfigError: there are fewer.
     """
 
     images: tuple[Path, ...]
+    tolerance: float = INT8_TOLERANCE
 
     def __post_init__(self) -> None:
         if len(self.images) < LEAST_IMAGES:
@@ -90,7 +92,7 @@ def quantize_onnx(path: Path, target: Path, calibration: Calibration, info: Mode
     error = judge.error(target, [])
     kept: list[str] = []
     ranked: list[str] = []
-    while error > INT8_TOLERANCE and len(kept) < len(judge.nodes):
+    while error > calibration.tolerance and len(kept) < len(judge.nodes):
         ranked = ranked or judge.ranked()
         kept = ranked[: max(2 * len(kept), 1)]
         error = judge.error(target, kept)
@@ -186,7 +188,7 @@ def quantize_openvino(model: Any, calibration: Calibration, info: ModelInfo) -> 
         calibration_dataset=nncf.Dataset(list(calibration.inputs(info))),
         validation_dataset=nncf.Dataset(batches),
         validation_fn=closeness,
-        max_drop=INT8_TOLERANCE,
+        max_drop=calibration.tolerance,
         drop_type=nncf.DropType.ABSOLUTE,
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(calibration.images),

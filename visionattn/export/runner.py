@@ -164,7 +164,18 @@ def load_runner(
             "expected 0..1, 0..1, 1 or more, 1 or more, 0 or more"
         )
     session = open_session(weights, Place(device, threads, provider), trust)
-    size = _size(session.info, sides, weights)
+    return runner_of(session, _size(session.info, sides, weights), conf, iou, max_det, multi_label)
+
+
+def runner_of(
+    session: Session,
+    size: tuple[int, int],
+    conf: float = 0.25,
+    iou: float = 0.7,
+    max_det: int = 300,
+    multi_label: bool = False,
+) -> Runner:
+    """Return a runner of a network that is loaded; arguments as for :func:`load_runner`."""
     if session.info.task == "detect":
         return DetectRunner(session, size, conf, iou, max_det, multi_label)
     return ClassifyRunner(session, size) if session.info.task == "classify" else FeaturesRunner(session, size)

@@ -62,7 +62,7 @@ def trials_of(info: ModelInfo) -> list[tuple[int, tuple[int, int]]]:
 
 def photographs(info: ModelInfo, batch: int, size: tuple[int, int]) -> Tensor:
     """Return pieces of two photographs that scikit-learn brings, as the network takes them: (batch, 3, H, W)."""
-    return prepare([_piece(index, size) for index in range(batch)], info, size)
+    return prepare([piece(index, size) for index in range(batch)], info, size)
 
 
 @cache
@@ -70,8 +70,8 @@ def _photos() -> list[NDArray[np.uint8]]:
     return list(load_sample_images().images)
 
 
-def _piece(index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Cut one of many pieces, of the proportions asked for, and bring it to the size."""
+def piece(index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Cut one of many pieces of the photographs and bring it to a size (H, W): BGR, (H, W, 3)."""
     photo = _photos()[index % 2]
     rng = np.random.default_rng(index)
     height, width = photo.shape[:2]

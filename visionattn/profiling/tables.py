@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
+from visionattn.profiling.exports import EngineReport, EngineRow, ParityReport
 from visionattn.profiling.fidelity import FidelityReport, Precision, Table, describe
 from visionattn.profiling.figures import Figure
+from visionattn.profiling.latency import LatencyReport, Milliseconds
 from visionattn.profiling.protocols import Spread
 from visionattn.profiling.sweep import Choice
 
@@ -42,6 +44,56 @@ def fidelity_grids(report: FidelityReport) -> list[Grid]:
         choice_grid("SLAY: some settings everywhere", report.settings),
         choice_grid("SLAY: best setting for a number of features", report.sweep),
     ]
+
+
+def parity_grids(report: ParityReport) -> list[Grid]:
+    """Return the tables of exported graphs, a row a mechanism."""
+    grids = []
+    for subject in dict.fromkeys(row.subject for row in report.graphs):
+        rows = [row for row in report.graphs if row.subject == subject]
+        columns = list(dict.fromkeys(f"{row.precision} {row.size[0]}x{row.size[1]}" for row in rows))
+        cells = []
+        for mechanism in dict.fromkeys(row.mechanism for row in rows):
+            own = [row for row in rows if row.mechanism == mechanism]
+            peak = next(row.peak for row in own if row.peak is not None)
+            cells.append((mechanism, *(f"{row.error:.1e}" for row in own), f"{peak:.4g}"))
+        grids.append(Grid(f"ONNX: {subject}", ("mechanism", *columns, "peak in fp16"), cells))
+    if report.devices:
+        cells = [(row.subject, row.mechanism, f"{row.error:.1e}") for row in report.devices]
+        grids.append(Grid("float16 on the GPU", ("network", "mechanism", "error"), cells))
+    return grids
+
+
+def engine_grid(report: EngineReport) -> Grid:
+    """Lay out engines."""
+    rows = [(r.subject, r.mechanism, r.precision, str(r.nodes), *_built(r)) for r in report.engines]
+    columns = ("network", "mechanism", "precision", "ONNX nodes", "layers", "build s", "MB", "")
+    return Grid("Engines of TensorRT-RTX, built without a GPU, not run", columns, rows)
+
+
+def _built(row: EngineRow) -> tuple[str, ...]:
+    if row.refused:
+        return "-", "-", "-", f"refused: {row.refused}"
+    return str(row.layers), f"{row.seconds:.2f}", f"{row.megabytes:.1f}", "built"
+
+
+def latency_grids(report: LatencyReport) -> list[Grid]:
+    """Return a table a size."""
+    grids = []
+    for size, batch in dict.fromkeys((row.size, row.batch) for row in report.rows):
+        rows = [
+            (r.model, f"{r.parameters / 1e6:.2f} M", r.runtime, _spread(r.forward), _spread(r.end_to_end))
+            for r in report.rows
+            if (r.size, r.batch) == (size, batch)
+        ]
+        columns = ("model", "parameters", "runtime", "forward ms (p5 to p95)", "end to end ms")
+        title = f"{size[0]}x{size[1]}, batch {batch}, {report.threads} threads, {report.rounds} rounds"
+        grids.append(Grid(title, columns, rows))
+    return grids
+
+
+def _spread(time: Milliseconds) -> str:
+    return f"{time.median:.1f} ({time.p5:.1f} to {time.p95:.1f})"
 
 
 def figure_grid(figures: Iterable[Figure]) -> Grid:
