@@ -65,11 +65,12 @@ def fidelity(
 def parity(
     weights: Annotated[Path, typer.Option(help="a trained yolo-lat-n, whose attention is exchanged")] = WEIGHTS,
     mechanism: Annotated[list[str] | None, typer.Option(help="repeatable; all if left out")] = None,
+    workers: Annotated[int, typer.Option(help="processes at a time, each of several GB")] = 1,
     output: Annotated[Path, typer.Option(help="file of the report as JSON")] = Path("results/export/parity.json"),
 ) -> None:
     """Errors of exported graphs against torch: every mechanism in a ViT and a YOLO-LAT, fp32 and stretched fp16."""
     check_output(output)
-    report = measure_parity(weights, mechanism or list(ATTENTION))
+    report = measure_parity(weights, mechanism or list(ATTENTION), workers=workers)
     publish("Exported graphs against torch", report, parity_grids(report), output)
 
 

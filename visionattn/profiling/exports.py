@@ -3,7 +3,9 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ class EngineReport(Result):
 
 
 def measure_parity(
-    weights: Path, mechanisms: Sequence[str] = tuple(ATTENTION), large: tuple[int, int] = LARGE
+    weights: Path, mechanisms: Sequence[str] = tuple(ATTENTION), large: tuple[int, int] = LARGE, workers: int = 1
 ) -> ParityReport:
     """Export every mechanism in two networks, run the graphs at several sizes, and compare.
 
@@ -117,16 +119,14 @@ def measure_parity(
         weights: a trained ``yolo-lat-n``, whose attention is exchanged.
         mechanisms: names.
         large: (H, W) of the stretched networks' input.
+        workers: processes at a time.
     """
-    graphs, devices = list[GraphRow](), list[DeviceRow]()
-    for mechanism in tqdm(mechanisms, "exporting", disable=None):
-        for subject, sizes in SIZES.items():
-            make = partial(yolo_lat, weights) if subject == "yolo-lat" else vit
-            graphs += _exact(make, subject, mechanism, sizes)
-            graphs.append(_half(make, subject, mechanism, large))
-            if torch.cuda.is_available():
-                devices.append(_on_gpu(make, subject, mechanism, large))
-    return ParityReport(graphs=graphs, devices=devices)
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        done = pool.map(partial(_parity_of, weights, large), mechanisms)
+        parts = list(tqdm(done, "exporting", len(mechanisms), disable=None))
+    return ParityReport(
+        graphs=[row for part in parts for row in part.graphs], devices=[row for part in parts for row in part.devices]
+    )
 
 
 def measure_engines(mechanisms: Sequence[str] = tuple(ATTENTION)) -> EngineReport:
@@ -139,6 +139,17 @@ def measure_engines(mechanisms: Sequence[str] = tuple(ATTENTION)) -> EngineRepor
                 name = f"{model}, dynamic {', '.join(dynamic)}" if dynamic else model
                 rows.append(_engine(load_network(request), name, "ela_hadamard"))
     return EngineReport(engines=rows)
+
+
+def _parity_of(weights: Path, large: tuple[int, int], mechanism: str) -> ParityReport:
+    graphs, devices = list[GraphRow](), list[DeviceRow]()
+    for subject, sizes in SIZES.items():
+        make = partial(yolo_lat, weights) if subject == "yolo-lat" else vit
+        graphs += _exact(make, subject, mechanism, sizes)
+        graphs.append(_half(make, subject, mechanism, large))
+        if torch.cuda.is_available():
+            devices.append(_on_gpu(make, subject, mechanism, large))
+    return ParityReport(graphs=graphs, devices=devices)
 
 
 def _exact(make: Make, subject: str, mechanism: str, sizes: Sequence[tuple[int, int]]) -> Iterable[GraphRow]:
