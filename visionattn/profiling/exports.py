@@ -23,7 +23,7 @@ from visionattn.export.parity import HALF_LIMIT, errors_of
 from visionattn.export.session import Place
 from visionattn.export.verify import half_range, photographs
 from visionattn.profiling.protocols import Number, Result
-from visionattn.profiling.subjects import vit, yolo_lat
+from visionattn.profiling.subjects import rounded, vit, yolo_lat
 
 SIZES = {"vit": [(224, 224), (224, 320)], "yolo-lat": [(320, 320), (640, 480)]}
 LARGE = (1280, 1280)
@@ -43,7 +43,9 @@ class GraphRow(Result):
         mechanism: its name.
         precision: of the graph.
         size: (H, W) in pixels.
-        error: largest relative error of all parts of the output; nan if a value is not finite.
+        error: largest relative error of the outputs; nan if a value is not finite.
+        parts: the same of each part, and of the scores' logits.
+        rounding: of float16, the error that rounding queries, keys and values alone makes in a float32 network.
         peak: of float16, the largest magnitude of all float16 values in the graph, of 65504.
         peak_at: its name.
     """
@@ -53,6 +55,8 @@ class GraphRow(Result):
     precision: str
     size: tuple[int, int]
     error: Number
+    parts: dict[str, Number]
+    rounding: Number | None = None
     peak: Number | None = None
     peak_at: str = ""
 
@@ -61,13 +65,15 @@ class DeviceRow(Result):
     """The same module in float16 on a GPU, against float32 there.
 
     Attributes:
-        error: largest relative error; nan if a value is not finite.
+        error: largest relative error of the outputs; nan if a value is not finite.
+        parts: the same of each part, and of the scores' logits.
     """
 
     subject: str
     mechanism: str
     size: tuple[int, int]
     error: Number
+    parts: dict[str, Number]
 
 
 class ParityReport(Result):
@@ -158,8 +164,9 @@ def _exact(make: Make, subject: str, mechanism: str, sizes: Sequence[tuple[int, 
         session = ONNX.open_session(Graph(network, Path(folder)).onnx_file, Place("cpu"))
         for size in sizes:
             images = photographs(network.info, 2, size)
-            error = _error(network, session(images), images)
-            yield GraphRow(subject=subject, mechanism=mechanism, precision="fp32", size=size, error=error)
+            parts = _parts(network, session(images), images)
+            what: dict[str, Any] = {"subject": subject, "mechanism": mechanism, "precision": "fp32", "size": size}
+            yield GraphRow(**what, error=_worst(parts), parts=parts)
 
 
 def _half(make: Make, subject: str, mechanism: str, size: tuple[int, int]) -> GraphRow:
@@ -168,14 +175,16 @@ def _half(make: Make, subject: str, mechanism: str, size: tuple[int, int]) -> Gr
     with tempfile.TemporaryDirectory() as folder:
         file = Graph(network, Path(folder)).onnx_file
         images = photographs(network.info, 1, size)
-        error = _error(network, ONNX.open_session(file, Place("cpu"))(images), images)
+        parts = _parts(network, ONNX.open_session(file, Place("cpu"))(images), images)
         name, peak = half_range(file, images)
     return GraphRow(
         subject=subject,
         mechanism=mechanism,
         precision="fp16",
         size=size,
-        error=error if peak <= HALF_LIMIT else float("nan"),
+        error=_worst(parts) if peak <= HALF_LIMIT else float("nan"),
+        parts=parts,
+        rounding=_worst(_parts(network, [rounded(network.truth, images)], images)),
         peak=peak,
         peak_at=name,
     )
@@ -185,15 +194,21 @@ def _half(make: Make, subject: str, mechanism: str, size: tuple[int, int]) -> Gr
 def _on_gpu(make: Make, subject: str, mechanism: str, size: tuple[int, int]) -> DeviceRow:
     network = make(mechanism, "fp16", size, stretched=True)
     images = photographs(network.info, 1, size).cuda()
-    found, truth = network.module.cuda()(images), network.truth.cuda()(images)
-    error = max(row.relative for row in errors_of([truth.cpu()], [found.cpu()], network.info))
-    return DeviceRow(subject=subject, mechanism=mechanism, size=size, error=error)
+    found = network.module.cuda()(images)
+    network.truth.cuda()
+    parts = _parts(network, [found], images)
+    return DeviceRow(subject=subject, mechanism=mechanism, size=size, error=_worst(parts), parts=parts)
 
 
-def _error(network: Network, found: list[Tensor], images: Tensor) -> float:
+def _parts(network: Network, found: list[Tensor], images: Tensor) -> dict[str, float]:
     with torch.inference_mode():
-        truth = network.truth(images)
-    return max(row.relative for row in errors_of([truth], found, network.info))
+        truth = network.truth(images).cpu()
+    return {row.part: row.relative for row in errors_of([truth], found, network.info)}
+
+
+def _worst(parts: dict[str, float]) -> float:
+    """Return the largest error of what the network puts out; logits of scores are not."""
+    return max(error for part, error in parts.items() if part != "score logits")
 
 
 def _engine(network: Network, subject: str, mechanism: str) -> EngineRow:

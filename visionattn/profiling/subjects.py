@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from visionattn.detection import LAT, MODELS, YOLOLAT, DetectionNetwork, build_detector, load_detector
@@ -102,6 +103,18 @@ def _detector(weights: Path, mechanism: str) -> YOLOLAT:
 
 def _pictures(detector: YOLOLAT) -> Tensor:
     return photographs(ModelInfo(task="detect", names=dict(detector.names), size=(320, 320), stride=32), 2, (320, 320))
+
+
+@torch.inference_mode()
+def rounded(module: nn.Module, images: Tensor) -> Tensor:
+    """Run a float32 network whose queries, keys and values alone are rounded to float16."""
+    layers = [_projection(block) for block in module.modules() if isinstance(block, Block)]
+    layers += [block.qkv for block in module.modules() if isinstance(block, LAT)]
+    hooks = [layer.register_forward_hook(lambda _, inputs, output: output.half().float()) for layer in layers]
+    output: Tensor = module(images)
+    for hook in hooks:
+        hook.remove()
+    return output
 
 
 def _projection(block: Any) -> nn.Module:
