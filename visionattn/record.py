@@ -51,11 +51,12 @@ def _versions() -> dict[str, str]:
 def _commit() -> str | None:
     """Return the commit that this package is checked out at, marked if files differ from it, or None.
 
-    A copy without its repository, on a borrowed machine say, may be told it by ``VISIONATTN_COMMIT``.
+    A copy that is not at that commit by itself, on a borrowed machine say, is told it by ``VISIONATTN_COMMIT``.
     """
     root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return os.environ.get("VISIONATTN_COMMIT")
+    told = os.environ.get("VISIONATTN_COMMIT")
+    if told or not (root / ".git").exists():
+        return told
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

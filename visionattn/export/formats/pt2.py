@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
+from torch.export.passes import move_to_device_pass
 
 from visionattn.errors import WeightsError
 from visionattn.export.formats.base import Format
 from visionattn.export.graph import Graph
 from visionattn.export.info import KEY, read_info
-from visionattn.export.session import Place, Session, TorchSession
+from visionattn.export.session import Place, Session, TorchSession, torch_device
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -23,8 +24,10 @@ def open_session(path: Path, place: Place) -> Session:
         program = torch.export.load(str(path), extra_files=extra)
     except Exception as error:  # zip, JSON and schema errors alike
         raise WeightsError(f"{path} is damaged or no exported program: {error}") from error
-    metadata = {KEY: extra[KEY]} if extra[KEY] else {}
-    return TorchSession(program.module(), read_info(metadata, str(path)), place)
+    info = read_info({KEY: extra[KEY]} if extra[KEY] else {}, str(path))
+    # Constants that the program makes as it runs name their device, which moving its module would not change.
+    moved = move_to_device_pass(program, torch_device(place.device))
+    return TorchSession(moved.module(), info, place)
 
 
 FORMAT = Format(".pt2", write, open_session, precisions=("fp32", "fp16"), of_onnx=False, runs_code=True)
