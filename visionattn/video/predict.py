@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from visionattn.errors import UnsupportedError
 from visionattn.export import Detections, Runner
 from visionattn.video.draw import draw
 from visionattn.video.sink import Window, open_sink
@@ -47,8 +48,12 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
 
     Raises:
         SourceError: the source cannot be read, or the output cannot be written.
-        UnsupportedError: ``show`` where no window can be opened.
+        UnsupportedError: the model is a bare backbone, or ``show`` where no window can be opened.
     """
+    if runner.task == "features":
+        raise UnsupportedError(
+            f"{runner.info.model} is a backbone, which finds nothing to draw; give a detector or classifier"
+        )
     window = Window(source.name, wait=source.kind in ("image", "folder")) if show else None
     counts: Counter[str] = Counter()
     frames, in_model, started = 0, 0.0, 0.0
