@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of, text_of
+from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of
 from visionattn.engine.coco import Backend
 from visionattn.engine.evaluate import ClassificationReport, DetectionReport, evaluate
 from visionattn.errors import ConfigError
+from visionattn.export.info import size_text
 
 app = typer.Typer(add_completion=False)
 
@@ -65,7 +66,7 @@ def show(report: DetectionReport | ClassificationReport) -> None:
     """Print the scores as two tables: over all, and by class."""
     console = Console()
     columns = COLUMNS[report.task]
-    print(f"{report.weights} on {report.data} {report.split}: {report.images} images at {text_of(report.imgsz)} px")
+    print(f"{report.weights} on {report.data} {report.split}: {report.images} images at {size_text(report.imgsz)} px")
     total = Table(*columns.values())
     total.add_row(*(number(report.metrics[key]) for key in columns))
     classes = Table("class", next(iter(columns.values())))

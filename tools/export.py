@@ -4,6 +4,7 @@ python tools/export.py --weights weights/yolo-lat-n-aquarium.pt --format onnx --
 python tools/export.py --weights vit_lat_tiny_patch16_224 --format openvino --model-kwargs num_classes=10
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +13,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from visionattn.cli import run, size_of, text_of
+from visionattn.cli import run, size_of
 from visionattn.data import calibration_images
 from visionattn.detection import NMS
-from visionattn.engine.parity import Report, headline, score_check
+from visionattn.engine.scores import compare_scores
 from visionattn.errors import ConfigError, suggest
 from visionattn.export.export import Exported, export
 from visionattn.export.formats import FORMATS
 from visionattn.export.graph import BuildOptions
-from visionattn.export.info import Precision
+from visionattn.export.info import Precision, size_text
 from visionattn.export.network import Request
 from visionattn.export.nms import Thresholds
 from visionattn.export.quantize import Calibration
@@ -49,7 +50,9 @@ def main(
     ] = None,
     calibrate: Annotated[str, typer.Option(help="data whose train split int8 is calibrated by")] = "",
     calibration_size: Annotated[int, typer.Option(help="how many images of it")] = 128,
-    verify_data: Annotated[str, typer.Option(help="data to score weights and file on: AP or top-1")] = "",
+    verify_data: Annotated[
+        str, typer.Option(help="data to score weights and file on: AP or top-1; for int8 that of --calibrate")
+    ] = "",
     split: Annotated[str, typer.Option(help="split of --verify-data")] = "val",
     max_batch: Annotated[int, typer.Option(help="of an engine with a dynamic batch")] = 16,
     max_size: Annotated[str, typer.Option(help="of an engine with a dynamic size: a side, or H,W; twice --imgsz")] = "",
@@ -61,41 +64,51 @@ def main(
     ] = False,
 ) -> None:
     request = Request(
-        weights,
-        size_of(imgsz),
-        batch,
-        axes_of(dynamic),
-        precision,
-        nms,
-        Thresholds(conf, iou, max_det),
-        features,
-        kwargs_of(model_kwargs or []),
-        trust_weights,
+        weights=weights,
+        size=size_of(imgsz),
+        batch=batch,
+        dynamic=axes_of(dynamic),
+        precision=precision,
+        nms=nms,
+        thresholds=Thresholds(conf, iou, max_det),
+        features=features,
+        model_kwargs=kwargs_of(model_kwargs or []),
+        trust=trust_weights,
     )
-    scores: list[tuple[Report, Report]] = []
+    scored_on = verify_data or (calibrate if precision == "int8" else "")
+    check = partial(compare_scores, data=scored_on, split=split) if scored_on else None
     exported = export(
         request,
         format,
         output,
-        Calibration(calibration_images(calibrate, calibration_size)) if calibrate else None,
-        BuildOptions(max_batch, size_of(max_size), workspace, level, timing_cache),
-        *([score_check(Path(weights), verify_data, split, request.size, trust_weights, scores)] if verify_data else []),
+        calibration=Calibration(calibration_images(calibrate, calibration_size)) if calibrate else None,
+        build=BuildOptions(
+            max_batch=max_batch,
+            max_size=size_of(max_size),
+            workspace=workspace,
+            level=level,
+            timing_cache=timing_cache,
+        ),
+        check=check,
     )
     show(exported)
-    for before, after in scores:
-        print(f"scores on {after.data} {after.split}: weights {headline(before):.4f}, file {headline(after):.4f}")
+    if exported.checked:
+        scores = exported.checked
+        print(f"scores on {scored_on} {split}: weights {scores.weights:.4f}, file {scores.file:.4f}")
     print(f"written: {exported.path}")
 
 
 def show(exported: Exported) -> None:
     """Print what the file is and how far it is from the weights."""
     info, parity = exported.info, exported.parity
-    print(f"{info.model}: {info.task}, {info.precision}, at {text_of(info.size)} px, batch {info.batch}")
+    print(f"{info.model}: {info.task}, {info.precision}, at {size_text(info.size)} px, batch {info.batch}")
+    if not Path(info.model).is_file() or Path(info.model).suffix in (".yaml", ".yml"):
+        print("no weights of yours: it is as its model is made, untrained but for --model-kwargs pretrained=true")
     print(f"dynamic: {', '.join(info.dynamic) or 'nothing'}; nms: {info.nms}; ONNX opset: {info.opset or 'none'}")
     table = Table("output", "batch", "size", "max error", "relative", "rms")
     for error in parity.errors:
         figures = (f"{error.absolute:.2e}", f"{error.relative:.2e}", f"{error.rms:.2e}")
-        table.add_row(error.part, str(error.batch), text_of(error.size), *figures)
+        table.add_row(error.part, str(error.batch), size_text(error.size), *figures)
     Console().print(table)
     kind = "rms" if info.precision == "int8" else "relative"
     largest = parity.measured(parity.worst)
@@ -105,9 +118,9 @@ def show(exported: Exported) -> None:
         print(f"largest float16 value on photographs: {peak:.3g} ({name}), of 65504")
     if exported.kept:
         print(f"in float32, being sensitive: {', '.join(exported.kept)}")
-    if exported.ran == "graph":
+    if exported.why:
         print(f"the file was built but NOT RUN here; the graph that it was built of was compared. {exported.why}")
-    print(f"{exported.seconds[0]:.1f} s to write, {exported.seconds[1]:.1f} s to verify")
+    print(f"{exported.writing:.1f} s to write, {exported.verifying:.1f} s to verify")
 
 
 def axes_of(text: str) -> tuple[Any, ...]:

@@ -25,11 +25,6 @@ def size_of(text: str) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def text_of(size: tuple[int, int]) -> str:
-    """Write an image size: ``320`` or ``480x640``."""
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-
-
 def run(app: typer.Typer) -> None:
     """Run a typer app; an error meant for the user is printed in one piece and exits with code 2.
 

@@ -32,6 +32,10 @@ class UnsupportedError(VisionAttnError):
     """A mechanism does not offer what was asked of it."""
 
 
+class HardwareError(UnsupportedError):
+    """A file needs other hardware than there is."""
+
+
 class ExportError(VisionAttnError):
     """A network cannot be written in a format, or the file cannot be used."""
 

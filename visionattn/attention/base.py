@@ -178,7 +178,9 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of the tokens, each (B, H, N, head_dim)."""
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = [
+            stream.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for stream in self.qkv(x).chunk(3, -1)
+        ]
         return self.q_norm(q), self.k_norm(k), v
 
     def convolve(self, v: Tensor, grid: tuple[int, int] | None) -> Tensor:

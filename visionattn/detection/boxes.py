@@ -32,7 +32,8 @@ def suppress(raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bo
     time.
 
     Args:
-        raw: (B, 4 + classes, anchors): box centre, width, height and a score a class; or (B, n, 6), boxes already.
+        raw: (B, 4 + classes, anchors): box centre, width, height and a score a class; or (B, n, 6), boxes already,
+            which are not suppressed again.
         conf: boxes of a lower score are left out.
         iou: boxes of a class that overlap a better one by more are left out.
         max_det: most boxes of an image.
@@ -42,10 +43,17 @@ def suppress(raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bo
     Returns:
         For each image (n, 6): x1, y1, x2, y2, score, class.
     """
+    finished = raw.shape[-1] == 6
     found: list[Tensor] = nms.non_max_suppression(
-        raw, conf, iou, multi_label=multi_label, max_det=max_det, max_time_img=float("inf")
+        raw, conf, iou, multi_label=multi_label, max_det=max_det, max_time_img=float("inf"), end2end=finished
     )
-    return found
+    return [_best_class(boxes) for boxes in found] if finished and not multi_label else found
+
+
+def _best_class(boxes: Tensor) -> Tensor:
+    """Keep the first of those rows (n, 6) whose boxes are the same to the bit: its best class."""
+    same = (boxes[:, None, :4] == boxes[None, :, :4]).all(-1)
+    return boxes[same.int().argmax(1) == torch.arange(len(boxes), device=boxes.device)]
 
 
 def in_image(boxes: Tensor, size: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

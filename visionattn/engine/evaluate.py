@@ -25,6 +25,8 @@ from visionattn.data.files import write_text
 from visionattn.engine.coco import Backend, DetectionScores, load_backend, score
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
 from visionattn.export import Detections, Runner, load_runner
+from visionattn.export.runner import runner_of
+from visionattn.export.session import Session
 from visionattn.record import environment
 
 _log = logging.getLogger("visionattn")
@@ -180,6 +182,19 @@ def evaluate(
     return DetectionReport(**common, **settings, **_detect(runner, data, split, batch, skip_broken, backend))
 
 
+def score_session(session: Session, data: str, split: str) -> DetectionScores | ClassificationScores:
+    """Score a network that is loaded, at its own size; arguments and errors as :func:`evaluate`."""
+    runner = runner_of(session, session.info.size, conf=0.001, multi_label=True)
+    _check_scorable(runner, session.info.model, 0.001)
+    found = (
+        _classify(runner, data, split, 16, False)
+        if runner.task == "classify"
+        else _detect(runner, data, split, 16, False, "pycocotools")
+    )
+    scores: DetectionScores | ClassificationScores = found["scores"]
+    return scores
+
+
 def _check_scorable(runner: Runner, weights: str | Path, conf: float) -> None:
     if runner.task == "features":
         raise UnsupportedError(
@@ -196,7 +211,8 @@ def _check_scorable(runner: Runner, weights: str | Path, conf: float) -> None:
 def _digest(weights: Path) -> str:
     """Return the SHA-256 of a file, or of the files of a folder one after the other."""
     digest = hashlib.sha256()
-    for file in [weights] if weights.is_file() else sorted(weights.iterdir()):
+    weights = weights.parent if weights.suffix == ".xml" else weights  # its numbers lie beside it
+    for file in [weights] if weights.is_file() else sorted(file for file in weights.iterdir() if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from visionattn.errors import ExportError, UnsupportedError
+from visionattn.errors import ConfigError, ExportError, UnsupportedError
 from visionattn.export.info import ModelInfo, as_text
 from visionattn.export.network import Network
 from visionattn.export.nms import onnx_translation
@@ -37,6 +37,9 @@ class BuildOptions:
         workspace: GiB that the builder may use; 0 for all there is.
         level: how long to search, 0 to 5.
         timing_cache: file of earlier measurements, read and written anew.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     max_batch: int = 16
@@ -44,6 +47,13 @@ class BuildOptions:
     workspace: float = 0.0
     level: int = 3
     timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.level <= 5 or self.workspace < 0 or self.max_batch < 1:
+            raise ConfigError(
+                f"got level {self.level}, workspace {self.workspace}, max_batch {self.max_batch}; "
+                "expected 0..5, 0 or more, 1 or more"
+            )
 
 
 class Graph:

@@ -29,6 +29,8 @@ class ModelInfo(BaseModel):
         stride: sides of the input are multiples of it.
         precision: of the arithmetic; inputs and outputs are float32 whatever it is.
         dynamic: which of ``batch`` and ``size`` a caller may choose.
+        max_batch: of an engine with a dynamic batch, the largest; larger ones are split.
+        max_size: of an engine with a dynamic size, the largest (H, W).
         nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph)
             or ``free`` (boxes of an NMS-free head).
         conf: of an embedded suppression: boxes of a lower score are not in the output.
@@ -49,6 +51,8 @@ class ModelInfo(BaseModel):
     stride: int = Field(ge=1)
     precision: Precision = "fp32"
     dynamic: tuple[Dynamic, ...] = ()
+    max_batch: int | None = None
+    max_size: tuple[int, int] | None = None
     nms: NMS = "none"
     conf: float | None = None
     iou: float | None = None
@@ -76,7 +80,7 @@ class ModelInfo(BaseModel):
             "names": self.names,
             "channels": 3,
             "end2end": boxes,
-            "args": {"batch": self.batch, "dynamic": bool(self.dynamic), "nms": self.nms == "embedded"},
+            "args": {"batch": self.batch, "dynamic": "size" in self.dynamic, "nms": self.nms == "embedded"},
         }
 
 
@@ -87,10 +91,10 @@ def read_info(metadata: Mapping[str, Any], path: str) -> ModelInfo:
         WeightsError: there is neither.
     """
     try:
-        if KEY in metadata:
+        if isinstance(metadata, Mapping) and metadata.get(KEY):
             return ModelInfo.model_validate_json(metadata[KEY])
         return _of_ultralytics({key: _literal(value) for key, value in metadata.items()})
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except (ValidationError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path} does not say what it is: got metadata {sorted(metadata)}; give a file of tools/export.py, or a "
             f"detector that Ultralytics exported ({type(error).__name__})"
@@ -99,12 +103,19 @@ def read_info(metadata: Mapping[str, Any], path: str) -> ModelInfo:
 
 def _of_ultralytics(found: dict[str, Any]) -> ModelInfo:
     arguments, side = found["args"], found["imgsz"]
+    if found["task"] != "detect":
+        raise ValueError("a detector is expected")
     return ModelInfo(
-        task=found["task"],
+        task="detect",
         names=found["names"],
         size=tuple(side) if isinstance(side, list | tuple) else (side, side),
         batch=found["batch"],
         stride=found["stride"],
+        precision="fp16"
+        if arguments.get("half") or arguments.get("quantize") == 16
+        else "int8"
+        if arguments.get("int8")
+        else "fp32",
         dynamic=("batch", "size") if arguments.get("dynamic") else (),
         nms="free" if found.get("end2end") else "embedded" if arguments.get("nms") else "none",
         conf=arguments.get("conf", 0.25) if arguments.get("nms") else None,
@@ -121,6 +132,11 @@ def _literal(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Write a size (H, W): ``320`` or ``480x640``."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def as_text(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -77,7 +77,8 @@ def load_network(request: Request) -> Network:
         torch.manual_seed(0)
         network = make(request)
     info = network.info
-    if any(side < info.stride or side % info.stride for side in info.size):
+    chosen = request.size is not None or "size" in info.dynamic
+    if chosen and any(side < info.stride or side % info.stride for side in info.size):
         raise ConfigError(f"size {info.size}: both sides must be multiples of the model's stride, {info.stride}")
     if "size" in info.dynamic and min(info.size) < 2 * info.stride:
         raise ConfigError(f"size {info.size}: with a dynamic size give at least {2 * info.stride} on both sides")

@@ -5,6 +5,7 @@ images that were not calibrated by.
 """
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def quantize_onnx(path: Path, target: Path, calibration: Calibration, info: Mode
     error = judge.error(target, [])
     kept: list[str] = []
     ranked: list[str] = []
-    while error > calibration.tolerance and len(kept) < len(judge.nodes):
+    while not error <= calibration.tolerance and len(kept) < len(judge.nodes):
         ranked = ranked or judge.ranked()
         kept = ranked[: max(2 * len(kept), 1)]
         error = judge.error(target, kept)
@@ -126,6 +127,9 @@ class _OnnxJudge:
     def _quantized(self, target: Path, nodes: list[str], inputs: list[NDArray[np.float32]]) -> float:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
+        if not nodes:  # which would stand for all
+            shutil.copyfile(self._path, target)
+            return 0.0
         quantize_static(
             str(self._path),
             str(target),
@@ -202,11 +206,15 @@ def _outputs(compiled: Any, batches: list[NDArray[np.float32]]) -> list[Tensor]:
 
 
 def _kept(model: Any) -> list[str]:
-    """Return the convolutions and matrix products whose weights are not those of a quantised operation."""
+    """Return the convolutions and matrix products that compute in float32."""
     heavy = ("Convolution", "GroupConvolution", "MatMul")
-    return [
-        operation.get_friendly_name().removesuffix("/WithoutBiases")
-        for operation in model.get_ordered_ops()
-        if operation.get_type_name() in heavy
-        and operation.input_value(0).get_node().get_type_name() not in ("FakeQuantize", "Convert")
-    ]
+    operations = [node for node in model.get_ordered_ops() if node.get_type_name() in heavy]
+    return [node.get_friendly_name().removesuffix("/WithoutBiases") for node in operations if not _is_int8(node)]
+
+
+def _is_int8(operation: Any) -> bool:
+    """Whether the second operand, the weights mostly, comes of 8-bit numbers by nothing but scaling and reshaping."""
+    node = operation.input_value(1).get_node()
+    while node.get_type_name() in ("Reshape", "Transpose", "Multiply", "Subtract", "Convert"):
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "FakeQuantize" or node.get_element_type().to_string() in ("i8", "u8")

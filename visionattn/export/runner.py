@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from visionattn.detection import in_image, suppress
 from visionattn.errors import ConfigError, WeightsError
-from visionattn.export.formats import FORMATS, Format
-from visionattn.export.info import ModelInfo
+from visionattn.export.formats import format_of
+from visionattn.export.info import ModelInfo, Task, size_text
 from visionattn.export.inputs import BGRImage, prepare
 from visionattn.export.network import Request, load_network
 from visionattn.export.session import Place, Session, TorchSession, torch_device
@@ -51,7 +51,7 @@ class Runner(Protocol):
     device: str
 
     @property
-    def task(self) -> Literal["detect", "classify", "features"]:
+    def task(self) -> Task:
         """``detect`` gives :class:`Detections`, ``classify`` probabilities (C,), ``features`` maps (C, H, W)."""
         ...
 
@@ -65,6 +65,11 @@ class _Runner:
         self.session, self.size = session, size
         self.info, self.names, self.device = session.info, session.info.names, session.device
 
+    @property
+    def task(self) -> Task:
+        """What the network is for."""
+        return self.info.task
+
     def prepare(self, images: Sequence[BGRImage]) -> Tensor:
         """Return the network's input for images, (B, 3, H, W)."""
         return prepare(images, self.info, self.size, self.session.place)
@@ -72,8 +77,6 @@ class _Runner:
 
 class DetectRunner(_Runner):
     """A detector; every image is fitted into the same rectangle, so the others of its batch do not matter."""
-
-    task: Literal["detect"] = "detect"
 
     def __init__(
         self, session: Session, size: tuple[int, int], conf: float, iou: float, max_det: int, multi_label: bool
@@ -102,8 +105,6 @@ class DetectRunner(_Runner):
 class ClassifyRunner(_Runner):
     """A classifier."""
 
-    task: Literal["classify"] = "classify"
-
     def __call__(self, images: Sequence[BGRImage]) -> list[NDArray[np.float32]]:
         """Return the probabilities (C,) of each image."""
         return list(self.session(self.prepare(images))[0].softmax(-1).cpu().numpy()) if images else []
@@ -111,8 +112,6 @@ class ClassifyRunner(_Runner):
 
 class FeaturesRunner(_Runner):
     """A backbone."""
-
-    task: Literal["features"] = "features"
 
     def __call__(self, images: Sequence[BGRImage]) -> list[list[NDArray[np.float32]]]:
         """Return the feature maps of each image, each (C, H, W)."""
@@ -176,6 +175,11 @@ def runner_of(
     multi_label: bool = False,
 ) -> Runner:
     """Return a runner of a network that is loaded; arguments as for :func:`load_runner`."""
+    if session.info.nms == "embedded" and (session.info.conf or 0) > conf:
+        raise ConfigError(
+            f"{session.info.model}: boxes of a score up to {session.info.conf} are cut out of this file; give a "
+            "conf as high, or export it with a lower one or with nms=none"
+        )
     if session.info.task == "detect":
         return DetectRunner(session, size, conf, iou, max_det, multi_label)
     return ClassifyRunner(session, size) if session.info.task == "classify" else FeaturesRunner(session, size)
@@ -198,24 +202,6 @@ def open_session(path: Path, place: Place | None = None, trust: bool = False) ->
     return found.open_session(path, place)
 
 
-def format_of(path: Path) -> Format:
-    """Return the format that a file name ends like.
-
-    Raises:
-        WeightsError: like none.
-    """
-    endings = {form.suffix: form for form in FORMATS.values()}
-    for suffix in sorted(endings, key=len, reverse=True):
-        if path.name.endswith(suffix):
-            return endings[suffix]
-    if path.suffix == ".xml":
-        return FORMATS["openvino"]
-    raise WeightsError(
-        f"{path}: got suffix {path.suffix!r}, expected .pt (a detector) or .safetensors (a classifier), "
-        f"or {', '.join(sorted(endings))} (exported)"
-    )
-
-
 def _size(info: ModelInfo, asked: tuple[int, int] | None, weights: Path) -> tuple[int, int]:
     if asked is None:
         return info.size
@@ -223,14 +209,10 @@ def _size(info: ModelInfo, asked: tuple[int, int] | None, weights: Path) -> tupl
     if "size" not in info.dynamic and asked != info.size:
         kind = "classifier" if info.task == "classify" else "file"
         raise ConfigError(
-            f"{weights}: got imgsz {_text(asked)}, but this {kind} runs at {_text(info.size)} only; leave it out"
+            f"{weights}: got imgsz {size_text(asked)}, but this {kind} runs at {size_text(info.size)} only; leave out"
         )
     return size
 
 
 def _multiple_of(stride: int, side: int) -> int:
     return -(-side // stride) * stride
-
-
-def _text(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

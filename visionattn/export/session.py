@@ -52,10 +52,12 @@ class Session(ABC):
                 f"{self.info.model}: got images of {size} (H, W), but it takes {self.info.size} only"
             )
         images = images.to(self.place)
-        if "batch" in self.info.dynamic:
-            return self.run(images)
-        parts = [self._filled(part) for part in torch.split(images, self.info.batch)]
-        return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+        if "batch" not in self.info.dynamic:
+            return self._joined([self._filled(part) for part in torch.split(images, self.info.batch)])
+        return self._joined([self.run(part) for part in torch.split(images, self.info.max_batch or images.shape[0])])
+
+    def _joined(self, parts: list[list[Tensor]]) -> list[Tensor]:
+        return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
     def _filled(self, images: Tensor) -> list[Tensor]:
         count = images.shape[0]

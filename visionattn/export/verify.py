@@ -1,6 +1,5 @@
 """Whether a file computes what the weights compute: the two are run on the same images and compared."""
 
-import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -41,7 +40,7 @@ def compare(network: Network, session: Session, images_of: Images) -> Parity:
             found = session(images)
         except Exception as error:  # a runtime refuses what it likes
             raise ParityError(
-                f"{session.info.model}: the file does not take a batch of {batch} at {size}: {error}"
+                f"{session.info.model}: the file does not take {batch} images of {size}: {error}; export it anew"
             ) from error
         with torch.inference_mode():
             outputs = network.truth(images)
@@ -52,12 +51,17 @@ def compare(network: Network, session: Session, images_of: Images) -> Parity:
 
 
 def trials_of(info: ModelInfo) -> list[tuple[int, tuple[int, int]]]:
-    """Return the batches and sizes to try: all combinations of those that the file takes."""
+    """Return how many images of which sizes to try: eight at the size asked for, fewer at others that the file takes.
+
+    Eight are mostly more than a fixed batch, so that it is filled up and split.
+    """
     (H, W), stride = info.size, info.stride
-    batches = [1, 3] if "batch" in info.dynamic else [info.batch]
-    wide, small = (H, W + 2 * stride), (max(H // 2 // stride, 2) * stride, max(W // 2 // stride, 2) * stride)
-    sizes = [info.size, wide, small] if "size" in info.dynamic else [info.size]
-    return list(itertools.product(batches, sizes))
+    trials = [(max(8, info.batch + 1), info.size)]
+    most = info.max_size or (H, W + 2 * stride)
+    if "size" in info.dynamic:
+        small = max(H // 2 // stride, 2) * stride, max(W // 2 // stride, 2) * stride
+        trials += [(1, (H, min(W + 2 * stride, most[1]))), (2, small), (1, small)]
+    return [*trials, (1, info.size)]
 
 
 def photographs(info: ModelInfo, batch: int, size: tuple[int, int]) -> Tensor:
@@ -67,19 +71,22 @@ def photographs(info: ModelInfo, batch: int, size: tuple[int, int]) -> Tensor:
 
 @cache
 def _photos() -> list[NDArray[np.uint8]]:
-    return list(load_sample_images().images)
+    return [photo[..., ::-1] for photo in load_sample_images().images]  # blue first
 
 
 def piece(index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Cut one of many pieces of the photographs and bring it to a size (H, W): BGR, (H, W, 3)."""
+    """Cut one of many pieces of the photographs and bring it to a size (H, W): BGR, (H, W, 3). The fifth is black."""
+    if index == 4:
+        return np.zeros((*size, 3), np.uint8)
     photo = _photos()[index % 2]
     rng = np.random.default_rng(index)
     height, width = photo.shape[:2]
     scale = min(height / size[0], width / size[1]) * rng.uniform(0.6, 1)
     h, w = max(int(size[0] * scale), 1), max(int(size[1] * scale), 1)
     top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-    piece = cv2.resize(photo[top : top + h, left : left + w], size[::-1], interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(piece[:, ::-1] if index % 3 == 1 else piece, dtype=np.uint8)
+    cut = np.ascontiguousarray(photo[top : top + h, left : left + w])
+    fitted = cv2.resize(cut, size[::-1], interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(fitted[:, ::-1] if index % 3 == 1 else fitted, dtype=np.uint8)
 
 
 def half_range(onnx_file: Path, images: Tensor) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -196,7 +197,8 @@ def _on_gpu(make: Make, subject: str, mechanism: str, size: tuple[int, int]) -> 
     images = photographs(network.info, 1, size).cuda()
     found = network.module.cuda()(images)
     network.truth.cuda()
-    parts = _parts(network, [found], images)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        parts = _parts(network, [found], images)
     return DeviceRow(subject=subject, mechanism=mechanism, size=size, error=_worst(parts), parts=parts)
 
 
@@ -208,7 +210,7 @@ def _parts(network: Network, found: list[Tensor], images: Tensor) -> dict[str, f
 
 def _worst(parts: dict[str, float]) -> float:
     """Return the largest error of what the network puts out; logits of scores are not."""
-    return max(error for part, error in parts.items() if part != "score logits")
+    return float(np.max([error for part, error in parts.items() if part != "score logits"]))  # nan if one of them is
 
 
 def _engine(network: Network, subject: str, mechanism: str) -> EngineRow:

@@ -61,7 +61,7 @@ class LatencyRow(Result):
 
     Attributes:
         model: name or weights.
-        parameters: how many, with batch normalisation folded.
+        parameters: how many; of a detector with batch normalisation folded.
         runtime: see :data:`RUNTIMES`; int8 has all convolutions and matrix products quantised.
         size: (H, W) of the input.
         batch: images of a batch.
@@ -109,8 +109,9 @@ def measure_latency(
 ) -> LatencyReport:
     """Time models in several runtimes on the CPU.
 
-    All are loaded first; then every round times each of them once, forward and end to end, so that a change of the
-    machine's speed meets all alike.
+    All are loaded first; then every round times each of them once, forward and end to end, in a new order, so that a
+    change of the machine's speed meets all alike. Files of int8 are not compared with their weights here. Detectors
+    with an NMS-free head run the other one, whose overlaps are suppressed afterwards, as Ultralytics does unless told.
 
     Args:
         models: weights, names or yamls.
@@ -135,10 +136,12 @@ def measure_latency(
             for runtime in tqdm(runtimes, f"{model} {size[0]}", disable=None)
         ]
     pictures = [piece(index, PICTURE) for index in range(batch)]
+    order = np.random.default_rng(0)
     forward: list[list[float]] = [[] for _ in candidates]
     whole: list[list[float]] = [[] for _ in candidates]
     for number in tqdm(range(rounds + WARM_UP), "timing", disable=None):
-        for index, candidate in enumerate(candidates):
+        for index in order.permutation(len(candidates)):
+            candidate = candidates[index]
             images = torch.rand(batch, 3, *candidate.size)
             one, two = _timed(lambda: candidate.session(images)), _timed(lambda: candidate.runner(pictures))  # noqa: B023
             if number >= WARM_UP:
@@ -180,11 +183,14 @@ def _session(
     network: Network, runtime: Runtime, threads: int, calibration: Calibration | None, folder: Path
 ) -> Session:
     place = Place("cpu", threads)
-    if runtime.startswith("torch"):
-        module = torch.compile(network.module) if runtime == "torch-compiled" else network.module
-        return TorchSession(module, network.info, place)  # type: ignore[arg-type]
-    form = FORMATS["openvino" if runtime.startswith("openvino") else "onnx"]
+    if runtime == "torch":
+        return TorchSession(network.module, network.info, place)
     folder.mkdir()
+    if runtime == "torch-compiled":
+        # The captured program: models of one class would share, and exhaust, the cache of their forward's compilations.
+        compiled: Any = torch.compile(Graph(network, folder).program.module())
+        return TorchSession(compiled, network.info, place)
+    form = FORMATS["openvino" if runtime.startswith("openvino") else "onnx"]
     path = folder / f"model{form.suffix}"
     form.write(Graph(network, folder, calibration), path)
     return form.open_session(path, place)

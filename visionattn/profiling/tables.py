@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
+from visionattn.export.info import size_text
 from visionattn.profiling.exports import EngineReport, EngineRow, ParityReport
 from visionattn.profiling.fidelity import FidelityReport, Precision, Table, describe
 from visionattn.profiling.figures import Figure
@@ -51,7 +52,7 @@ def parity_grids(report: ParityReport) -> list[Grid]:
     grids = []
     for subject in dict.fromkeys(row.subject for row in report.graphs):
         rows = [row for row in report.graphs if row.subject == subject]
-        columns = list(dict.fromkeys(f"{row.precision} {row.size[0]}x{row.size[1]}" for row in rows))
+        columns = list(dict.fromkeys(f"{row.precision} {size_text(row.size)}" for row in rows))
         cells = []
         for mechanism in dict.fromkeys(row.mechanism for row in rows):
             own = [row for row in rows if row.mechanism == mechanism]
@@ -82,12 +83,12 @@ def latency_grids(report: LatencyReport) -> list[Grid]:
     grids = []
     for size, batch in dict.fromkeys((row.size, row.batch) for row in report.rows):
         rows = [
-            (r.model, f"{r.parameters / 1e6:.2f} M", r.runtime, _spread(r.forward), _spread(r.end_to_end))
+            (r.model, f"{r.parameters / 1e6:.2f} M", r.runtime, _spread(r.forward), _spread(r.end_to_end), str(r.found))
             for r in report.rows
             if (r.size, r.batch) == (size, batch)
         ]
-        columns = ("model", "parameters", "runtime", "forward ms (p5 to p95)", "end to end ms")
-        title = f"{size[0]}x{size[1]}, batch {batch}, {report.threads} threads, {report.rounds} rounds"
+        columns = ("model", "parameters", "runtime", "forward ms (p5 to p95)", "end to end ms", "boxes found")
+        title = f"{size_text(size)} px, batch {batch}, {report.threads} threads, {report.rounds} rounds"
         grids.append(Grid(title, columns, rows))
     return grids
 

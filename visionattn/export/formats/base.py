@@ -21,6 +21,8 @@ class Format:
         of_onnx: its files are made of the ONNX graph.
         runs_code: loading a file may run any code, so only one's own may be loaded.
         of_hardware: its files run on some GPUs only.
+        is_folder: its files are folders.
+        embeds_nms: it can suppress overlapping boxes in the graph.
     """
 
     suffix: str
@@ -30,3 +32,5 @@ class Format:
     of_onnx: bool = True
     runs_code: bool = False
     of_hardware: bool = False
+    is_folder: bool = False
+    embeds_nms: bool = True

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionattn.errors import ConfigError, ExportError, UnsupportedError, WeightsError
-from visionattn.export.graph import OPSET, BuildOptions, Graph
+from visionattn.errors import ConfigError, ExportError, HardwareError, UnsupportedError, WeightsError
+from visionattn.export.graph import OPSET, Graph
 from visionattn.export.info import ModelInfo, as_json, read_info
 from visionattn.export.session import Place, Session, torch_device
 
@@ -28,12 +28,14 @@ class Runtime:
         modules: where it may be imported from, the first that is there.
         install: what to install.
         gpus: what its engines run on.
+        refused: major compute capabilities that they do not run on, though the package is there.
     """
 
     name: str
     modules: tuple[str, ...]
     install: str
     gpus: str
+    refused: tuple[int, ...] = ()
 
     def load(self) -> Any:
         """Import the package.
@@ -60,6 +62,7 @@ TENSORRT_RTX = Runtime(
     ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "pip install 'visionattn[tensorrt-rtx]'",
     "GeForce RTX and RTX PRO GPUs: compute capability 7.5, 8.0, 8.6, 8.9 and 12.x, not 9.0 (H100, H200)",
+    (9, 10),
 )
 
 
@@ -88,10 +91,11 @@ def build(runtime: Runtime, graph: Graph) -> Built:
         raise ExportError(f"{runtime.name} cannot read the graph of {graph.info.model}: {faults}")
     config = builder.create_builder_config()
     config.builder_optimization_level = options.level
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what it says
     if options.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
     if graph.info.dynamic:
-        config.add_optimization_profile(_profile(builder, network.get_input(0).name, graph.info, options))
+        config.add_optimization_profile(_profile(builder, network.get_input(0).name, graph.info))
     cache = _timing_cache(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -129,7 +133,7 @@ def open_engine(runtime: Runtime, path: Path, place: Place) -> Session:
         raise ConfigError("threads and provider are not for engines; leave them out")
     trt = runtime.load()
     if not torch.cuda.is_available():
-        raise UnsupportedError(f"{path}: {runtime.name} engines need an NVIDIA GPU, and there is none here")
+        raise HardwareError(f"{path}: {runtime.name} engines need an NVIDIA GPU, and there is none here")
     device = torch_device(place.device)
     if not device.startswith("cuda"):
         raise UnsupportedError(f"{path}: {runtime.name} engines run on NVIDIA GPUs only; got device {place.device!r}")
@@ -137,8 +141,10 @@ def open_engine(runtime: Runtime, path: Path, place: Place) -> Session:
     with torch.cuda.device(device):
         engine = trt.Runtime(logger.made).deserialize_cuda_engine(plan)
     if engine is None:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise UnsupportedError(
+        found = torch.cuda.get_device_capability(device)
+        capability = ".".join(map(str, found))
+        refusal = HardwareError if found[0] in runtime.refused else WeightsError
+        raise refusal(
             f"{path}: {runtime.name} {trt.__version__} refuses it on this GPU of compute capability {capability} "
             f"({logger.last}); it was built with {metadata.get('runtime_version')}. Its engines run on {runtime.gpus}"
         )
@@ -149,12 +155,18 @@ class EngineSession(Session):
     """An engine on a GPU, on torch's current stream, without copies."""
 
     def __init__(self, trt: Any, engine: Any, info: ModelInfo, device: str, logger: "_Log") -> None:
-        super().__init__(info, f"tensorrt {device}", device)
+        super().__init__(info, f"{trt.__name__.partition('_bindings')[0]} {device}", device)
         self._engine, self._logger = engine, logger
-        self._context = engine.create_execution_context()
+        with torch.cuda.device(device):
+            self._context = engine.create_execution_context()
+        if self._context is None:
+            raise ExportError(f"{info.model}: the engine cannot be made ready: {logger.last}; free memory of the GPU")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._input = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
         self._outputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+        other = [name for name in names if engine.get_tensor_dtype(name) != trt.float32]
+        if other:
+            raise UnsupportedError(f"{info.model}: {', '.join(other)} are not float32; export it with tools/export.py")
 
     def run(self, images: Tensor) -> list[Tensor]:
         images = images.contiguous()
@@ -167,7 +179,9 @@ class EngineSession(Session):
         ]
         for name, tensor in zip([self._input, *self._outputs], [images, *outputs], strict=True):
             self._context.set_tensor_address(name, tensor.data_ptr())
-        if not self._context.execute_async_v3(torch.cuda.current_stream(images.device).cuda_stream):
+        with torch.cuda.device(images.device):
+            done = self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        if not done:
             raise ExportError(f"{self.info.model}: the engine failed: {self._logger.last}")
         return outputs
 
@@ -192,14 +206,13 @@ def _strongly_typed(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _profile(builder: Any, name: str, info: ModelInfo, options: BuildOptions) -> Any:
+def _profile(builder: Any, name: str, info: ModelInfo) -> Any:
     (H, W), least = info.size, 2 * info.stride
     smallest, largest = [info.batch, 3, H, W], [info.batch, 3, H, W]
-    if "batch" in info.dynamic:
-        smallest[0], largest[0] = 1, max(options.max_batch, info.batch)
-    if "size" in info.dynamic:
-        smallest[2:] = [least, least]
-        largest[2:] = options.max_size or (2 * H, 2 * W)
+    if info.max_batch:
+        smallest[0], largest[0] = 1, info.max_batch
+    if info.max_size:
+        smallest[2:], largest[2:] = [least, least], info.max_size
     profile = builder.create_optimization_profile()
     profile.set_shape(name, smallest, [info.batch, 3, H, W], largest)
     return profile

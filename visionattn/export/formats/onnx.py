@@ -13,6 +13,8 @@ from visionattn.export.graph import Graph
 from visionattn.export.info import ModelInfo, read_info
 from visionattn.export.session import Place, Session, torch_device
 
+_CPU = "CPUExecutionProvider"
+
 
 def write(graph: Graph, path: Path) -> None:
     """Write the graph as one ``.onnx`` file."""
@@ -32,7 +34,12 @@ def open_session(path: Path, place: Place) -> Session:
     except Exception as error:  # the runtime's errors have no common class
         raise WeightsError(f"{path} is damaged or no ONNX model for this runtime: {error}") from error
     info = read_info(session.get_modelmeta().custom_metadata_map, str(path))
-    return OnnxSession(session, info, provider[0] if isinstance(provider, tuple) else provider)
+    used, wanted = session.get_providers()[0], provider[0] if isinstance(provider, tuple) else provider
+    if used != wanted:
+        raise UnsupportedError(
+            f"{wanted} does not start here, ONNX Runtime would use {used}; check its libraries, or give cpu"
+        )
+    return OnnxSession(session, info, used)
 
 
 def import_runtime() -> Any:
@@ -65,12 +72,12 @@ def _provider(place: Place, available: list[str]) -> Any:
             raise ConfigError(f"provider {place.provider!r} is not in this onnxruntime; it has {', '.join(available)}")
         return place.provider
     if not place.device:
-        return "CUDAExecutionProvider" if "CUDAExecutionProvider" in available else "CPUExecutionProvider"
+        return ("CUDAExecutionProvider", {"use_tf32": "0"}) if "CUDAExecutionProvider" in available else _CPU
     device = torch_device(place.device)
     if device == "cpu":
-        return "CPUExecutionProvider"
+        return _CPU
     if device.startswith("cuda") and "CUDAExecutionProvider" in available:
-        return ("CUDAExecutionProvider", {"device_id": device.partition(":")[2]})
+        return ("CUDAExecutionProvider", {"device_id": device.partition(":")[2], "use_tf32": "0"})
     raise UnsupportedError(
         f"device {place.device!r}: this onnxruntime has {', '.join(available)}; install onnxruntime-gpu, or give cpu"
     )

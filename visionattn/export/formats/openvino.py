@@ -44,10 +44,9 @@ def open_session(path: Path, place: Place) -> Session:
     try:
         model = core.read_model(str(file))
         info = read_info(_metadata(model, file), str(path))
-        # Some processors would compute in bfloat16 unasked, which is another precision than the file's.
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"} | (
-            {"INFERENCE_PRECISION_HINT": "f32"} if device == "CPU" else {}
-        )
+        # Unasked, some devices would compute in bfloat16 or float16, which is another precision than the file's.
+        precision = "f16" if info.precision == "fp16" and device != "CPU" else "f32"
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         if place.threads:
             settings["INFERENCE_NUM_THREADS"] = place.threads
         compiled = core.compile_model(model, device, settings)
@@ -87,4 +86,4 @@ def _metadata(model: Any, file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-FORMAT = Format("_openvino_model", write, open_session)
+FORMAT = Format("_openvino_model", write, open_session, is_folder=True)

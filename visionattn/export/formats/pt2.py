@@ -1,5 +1,6 @@
 """torch's exported program, ``.pt2``: for ``torch.export.load``, and for compilation by inductor."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from visionattn.export.session import Place, Session, TorchSession, torch_device
 
 def write(graph: Graph, path: Path) -> None:
     """Write the captured program."""
-    torch.export.save(graph.program, str(path), extra_files={KEY: graph.info.model_dump_json()})
+    content = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
+    torch.export.save(graph.program, content, extra_files={KEY: graph.info.model_dump_json()})
+    path.write_bytes(content.getvalue())
 
 
 def open_session(path: Path, place: Place) -> Session:

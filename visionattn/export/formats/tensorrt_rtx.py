@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from visionattn.errors import UnsupportedError
 from visionattn.export.formats.base import Format
 from visionattn.export.formats.engines import TENSORRT_RTX, open_engine, write_engine
 from visionattn.export.graph import Graph
@@ -11,8 +10,6 @@ from visionattn.export.session import Place, Session
 
 def write(graph: Graph, path: Path) -> None:
     """Build and write an engine."""
-    if graph.info.nms == "embedded":
-        raise UnsupportedError("tensorrt-rtx: it has no kernel for nms=embedded; use none or free")
     write_engine(TENSORRT_RTX, graph, path)
 
 
@@ -21,4 +18,4 @@ def open_session(path: Path, place: Place) -> Session:
     return open_engine(TENSORRT_RTX, path, place)
 
 
-FORMAT = Format(".rtx.engine", write, open_session, of_hardware=True)
+FORMAT = Format(".rtx.engine", write, open_session, of_hardware=True, embeds_nms=False)

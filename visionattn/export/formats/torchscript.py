@@ -1,15 +1,16 @@
 """TorchScript: a trace that C++ and mobile runtimes of torch load without Python."""
 
+import io
 import json
 import warnings
 from pathlib import Path
 
 import torch
 
-from visionattn.errors import UnsupportedError, WeightsError
+from visionattn.errors import WeightsError
 from visionattn.export.formats.base import Format
 from visionattn.export.graph import Graph
-from visionattn.export.info import as_json, read_info
+from visionattn.export.info import read_info
 from visionattn.export.session import Place, Session, TorchSession
 
 _EXTRA = "config.txt"
@@ -17,14 +18,14 @@ _EXTRA = "config.txt"
 
 def write(graph: Graph, path: Path) -> None:
     """Write a traced module; sizes are checked afterwards, since a trace may bake them in."""
-    if graph.info.nms == "embedded":
-        raise UnsupportedError("torchscript: nms=embedded needs an operation that its runtimes lack; use none or free")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch would rather have .pt2
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]
             graph.network.module, graph.example(), check_trace=False
         )
-        torch.jit.save(traced, str(path), _extra_files={_EXTRA: as_json(graph.info.metadata())})
+        content = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
+        torch.jit.save(traced, content, _extra_files={_EXTRA: json.dumps(graph.info.metadata())})
+    path.write_bytes(content.getvalue())
 
 
 def open_session(path: Path, place: Place) -> Session:
@@ -49,4 +50,6 @@ def _decoded(text: str | bytes) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-FORMAT = Format(".torchscript", write, open_session, precisions=("fp32", "fp16"), of_onnx=False)
+FORMAT = Format(
+    ".torchscript", write, open_session, precisions=("fp32", "fp16"), of_onnx=False, runs_code=True, embeds_nms=False
+)
