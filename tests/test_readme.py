@@ -71,3 +71,45 @@ def test_figures_of_the_stages_are_those_of_the_file() -> None:
         with (ROOT / "results" / "lat_stages" / f"{name}-seed0.csv").open() as file:
             rows = {int(row["epoch"]): float(row["top1"]) for row in csv.DictReader(file)}
         assert round(rows[11], 4) == top1, name
+
+
+EXPORTED = {
+    "weights, torch": "torch",
+    "weights, torch on an H100": "torch-gpu",
+    "ONNX fp32": "onnx-fp32",
+    "ONNX fp32, suppression in the graph": "onnx-fp32-nms",
+    "ONNX fp16": "onnx-fp16",
+    "ONNX int8": "onnx-int8",
+    "OpenVINO fp32": "openvino-fp32",
+    "OpenVINO int8": "openvino-int8",
+    "TorchScript fp32": "torchscript-fp32",
+    "`.pt2` fp16 on an H100": "pt2-fp16-gpu",
+}
+
+
+@pytest.mark.parametrize("label", EXPORTED)
+def test_scores_of_exports(label: str) -> None:
+    found = scores(f"export/aquarium_416/{EXPORTED[label]}.json")
+    assert f"| {label} | {found['ap']:.4f} |" in README
+
+
+def test_errors_of_exports() -> None:
+    graphs = json.loads((ROOT / "results" / "export" / "parity.json").read_text())["graphs"]
+    exact = [row["error"] for row in graphs if row["precision"] == "fp32"]
+    assert f"at most {max(exact):.1e} in fp32" in README
+    apart = {row["mechanism"] for row in graphs if row["precision"] == "fp16" and not row["error"] <= 1e-2}
+    assert apart == {"softmax", "performer", "dark"}
+    assert all(row["peak"] < 65504 for row in graphs if row["precision"] == "fp16")
+
+
+def test_latencies() -> None:
+    rows = json.loads((ROOT / "results" / "export" / "latency.json").read_text())["rows"]
+    for row in rows:
+        if row["runtime"] in ("torch", "onnxruntime", "openvino", "openvino-int8"):
+            assert f"{row['forward']['median']:.1f}" in README, row
+
+
+def test_engines() -> None:
+    engines = json.loads((ROOT / "results" / "export" / "engines.json").read_text())["engines"]
+    built = [row for row in engines if not row["refused"]]
+    assert f"{len(built)} of {len(engines)} engines" in README
