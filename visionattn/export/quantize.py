@@ -214,7 +214,7 @@ def _kept(model: Any) -> list[str]:
 
 def _is_int8(operation: Any) -> bool:
     """Whether the second operand, the weights mostly, comes of 8-bit numbers by nothing but scaling and reshaping."""
-    node = operation.input_value(1).get_node()
-    while node.get_type_name() in ("Reshape", "Transpose", "Multiply", "Subtract", "Convert"):
-        node = node.input_value(0).get_node()
-    return node.get_type_name() == "FakeQuantize" or node.get_element_type().to_string() in ("i8", "u8")
+    value = operation.input_value(1)
+    while value.get_node().get_type_name() in ("Reshape", "Transpose", "Multiply", "Subtract", "Convert"):
+        value = value.get_node().input_value(0)
+    return value.get_node().get_type_name() == "FakeQuantize" or value.get_element_type().to_string() in ("i8", "u8")
