@@ -203,7 +203,8 @@ def _staged(path: Path, is_folder: bool) -> Iterator[Path]:
         raise ConfigError(f"output {path} is there already and of another kind; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if not _alive(int(left.name.split(".")[-2])):  # of an export that was killed
+        process = left.name.split(".")[-2]
+        if process.isdigit() and not _alive(int(process)):  # of an export that was killed
             shutil.rmtree(left, ignore_errors=True)
     folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
     folder.mkdir()

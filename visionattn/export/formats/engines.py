@@ -6,6 +6,7 @@ belongs to the package and version that built it, and to a GPU or a family of GP
 
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def build(runtime: Runtime, graph: Graph) -> Built:
     if plan is None:
         raise ExportError(f"{runtime.name} cannot build {graph.info.model}: {logger.last or 'it says no reason'}")
     if cache is not None and options.timing_cache:
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        partial = options.timing_cache.with_name(f"{options.timing_cache.name}.{os.getpid()}.partial")
+        partial.write_bytes(bytes(cache.serialize()))
+        partial.replace(options.timing_cache)
     return Built(bytes(plan), network.num_layers)
 
 
