@@ -1,8 +1,8 @@
 """Latency of whole models: runtimes side by side in one run, in turns, bare and end to end.
 
 Forward is the network alone, on a random image that lies ready as its input. End to end begins with a photograph as a
-camera gives it and ends with boxes or probabilities: pre-processing, forward, decoding and suppression. Each is called in turn
-with all others, forward first: it meets caches that another model has filled.
+camera gives it and ends with boxes or probabilities: pre-processing, forward, decoding and suppression. Each model is
+called in turn with all others, forward first: it meets caches that another model has filled.
 """
 
 import tempfile
