@@ -74,6 +74,7 @@ class SlayAttention(RandomFeatures, LinearAttention):
             raise ConfigError(f"slay: epsilon={epsilon}; give a positive number")
         self.poly, self.epsilon, self.how, self.seed = poly, epsilon, draws, seed
         self.positive = poly == "anchor"
+        _, self.polynomial = slay.POLYNOMIALS[poly]
         self.nodes, self.features = at_least_one(nodes=nodes), at_least_one(features=features)
         self.anchors = at_least_one(anchors=anchors)
         self.scales, self.weights = slay.quadrature(nodes, epsilon)
@@ -93,18 +94,13 @@ class SlayAttention(RandomFeatures, LinearAttention):
             "bank": bank(self.anchors, self.head_dim, self.seed + 1),
         }
 
-    def polynomial(self, u: Tensor) -> Tensor:
-        """Return the features of x^2, or their logarithms if they are positive."""
-        _, features = slay.POLYNOMIALS[self.poly]
-        return features(u, self.bank)
-
     def vectors(self, x: Tensor) -> Tensor:
         """Return the F features of queries or keys, or their logarithms if they are positive."""
         u = yat.unit(x)
         exponential = slay.exponential_log_features(u, self.draws, self.scales, self.weights)
         if self.positive:
-            return slay.log_product(self.polynomial(u), exponential)
-        return slay.product(self.polynomial(u), exponential.exp())
+            return slay.log_product(self.polynomial(u, self.bank), exponential)
+        return slay.product(self.polynomial(u, self.bank), exponential.exp())
 
     def queries(self, q: Tensor) -> Tensor:
         return self.vectors(q)
@@ -120,7 +116,7 @@ class SlayAttention(RandomFeatures, LinearAttention):
 
     def square_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """The estimate of x^2 of all pairs, (B, H, N, N)."""
-        a, b = (self.polynomial(yat.unit(x)) for x in (q, k))
+        a, b = (self.polynomial(yat.unit(x), self.bank) for x in (q, k))
         return a.exp() @ b.exp().transpose(-2, -1) if self.positive else a @ b.transpose(-2, -1)
 
     def exponential_kernel(self, q: Tensor, k: Tensor) -> Tensor:

@@ -215,8 +215,11 @@ def create_model(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def has_fixed_size(name: str) -> bool:
-    """Whether a model of timm is made for one size of image."""
-    published = timm.get_pretrained_cfg(name)
+    """Whether a model of timm is made for one size of image; not, if timm does not know it."""
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        return False
     return bool(published and published.fixed_input_size)
 
 

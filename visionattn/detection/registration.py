@@ -9,6 +9,7 @@ from ultralytics.nn import tasks
 from ultralytics.utils.callbacks.base import default_callbacks
 
 from visionattn.attention import ATTENTION
+from visionattn.ops import slay
 
 
 def register(blocks: Iterable[type[nn.Module]]) -> None:
@@ -22,7 +23,8 @@ def register(blocks: Iterable[type[nn.Module]]) -> None:
         if getattr(tasks, block.__name__, block) is not block:
             raise RuntimeError(f"Ultralytics already knows another {block.__name__}; rename the block")
         setattr(tasks, block.__name__, block)
-    torch.serialization.add_safe_globals([*blocks, *ATTENTION.values()])
+    maps = [features for _, features in slay.POLYNOMIALS.values()]  # a SlayAttention holds one
+    torch.serialization.add_safe_globals([*blocks, *ATTENTION.values(), *maps])
     default_callbacks["on_pretrain_routine_start"].append(_known_in_workers)
 
 
