@@ -158,7 +158,7 @@ def evaluate(
         raise ConfigError(f"got batch {batch}, expected 1 or more")
     load_backend(backend)
     runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust, True, threads, provider)
-    _check_scorable(runner, weights, conf)
+    _check_scorable(runner, weights)
     common: dict[str, Any] = {
         "weights": str(weights),
         "sha256": _digest(Path(weights)),
@@ -185,7 +185,7 @@ def evaluate(
 def score_session(session: Session, data: str, split: str) -> DetectionScores | ClassificationScores:
     """Score a network that is loaded, at its own size; arguments and errors as :func:`evaluate`."""
     runner = runner_of(session, session.info.size, conf=0.001, multi_label=True)
-    _check_scorable(runner, session.info.model, 0.001)
+    _check_scorable(runner, session.info.model)
     found = (
         _classify(runner, data, split, 16, False)
         if runner.task == "classify"
@@ -195,16 +195,10 @@ def score_session(session: Session, data: str, split: str) -> DetectionScores | 
     return scores
 
 
-def _check_scorable(runner: Runner, weights: str | Path, conf: float) -> None:
+def _check_scorable(runner: Runner, weights: str | Path) -> None:
     if runner.task == "features":
         raise UnsupportedError(
             f"{weights} is a backbone, whose feature maps have no score; give a detector or classifier"
-        )
-    info = runner.info
-    if info.nms == "embedded" and (info.conf or 0) > conf:
-        raise ConfigError(
-            f"{weights}: boxes of a score up to {info.conf} are cut out of it, so its AP would be too low; export it "
-            f"with --conf {conf}, or with --nms none"
         )
 
 
