@@ -26,6 +26,9 @@ _log = logging.getLogger("visionattn")
 
 LEAST_IMAGES = 8
 
+HEAVY = ("Conv", "MatMul", "Gemm")
+"""Operations of ONNX that are quantised."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -59,6 +62,10 @@ class Calibration:
         for first in range(0, len(images), info.batch):
             part = images[first : first + info.batch]
             yield batch_of(part + images[: info.batch - len(part)], info, info.size).numpy()
+
+    def sample(self, info: ModelInfo) -> Tensor:
+        """Return a batch to judge the error of quantising by."""
+        return self.judging(info, max(info.batch, min(len(self.judges), 16)), info.size)
 
     def judging(self, info: ModelInfo, batch: int, size: tuple[int, int]) -> Tensor:
         """Return a batch to judge by."""
@@ -109,9 +116,9 @@ class _OnnxJudge:
 
         self._path, self._info, self._symmetric = path, info, symmetric
         nodes = onnx.load(str(path)).graph.node
-        self.nodes = [node.name for node in nodes if node.op_type in ("Conv", "MatMul", "Gemm")]
+        self.nodes = [node.name for node in nodes if node.op_type in HEAVY]
         self._inputs = list(calibration.inputs(info))
-        self._batch = calibration.judging(info, max(info.batch, min(len(calibration.judges), 16)), info.size)
+        self._batch = calibration.sample(info)
         self._truth = self._run(path)
 
     def error(self, target: Path, kept: list[str]) -> float:
@@ -135,7 +142,7 @@ class _OnnxJudge:
             str(target),
             _Reader(inputs),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            op_types_to_quantize=list(HEAVY),
             nodes_to_quantize=nodes,
             per_channel=True,
             activation_type=QuantType.QInt8 if self._symmetric else QuantType.QUInt8,
@@ -177,7 +184,7 @@ def quantize_openvino(model: Any, calibration: Calibration, info: ModelInfo) -> 
     except ImportError as error:
         raise UnsupportedError(f"int8 for OpenVINO needs nncf ({error}); pip install 'visionattn[openvino]'") from error
     nncf.set_log_level(logging.ERROR)
-    judging = calibration.judging(info, max(info.batch, min(len(calibration.judges), 16)), info.size)
+    judging = calibration.sample(info)
     batches = [part.numpy() for part in torch.split(judging, info.batch)]
     exact = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     truth = _outputs(exact, batches)
