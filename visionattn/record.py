@@ -14,20 +14,22 @@ from typing import Any
 import torch
 
 _PACKAGES = (
-    *("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy"),
+    *("visionattn", "torch", "torchvision", "timm", "ultralytics", "accelerate", "albumentations", "numpy", "triton"),
     *("opencv-python", "opencv-python-headless", "pycocotools", "faster-coco-eval"),
     *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_cu13_libs"),
 )
 
 
 def environment() -> dict[str, Any]:
-    """Return date, command, commit, device, platform and versions."""
+    """Return date, command, commit, device, driver of the GPU, CUDA of torch, platform and versions."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _commit(),
         "device": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {_processor()}",
+        "driver": _driver() if gpus else None,
+        "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
@@ -38,6 +40,15 @@ def _processor() -> str:
         names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         return next(names, platform.machine())
     return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's driver, or None where its tool does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+        return lines[0] if lines else None
+    return None
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from visionattn.attention.features import RandomFeatures, at_least_one
 from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import dark, performer
 from visionattn.ops.draws import gaussian
+from visionattn.ops.fused import FeatureMap, softmax_features
 
 
 class DarkAttention(RandomFeatures, PositiveAttention):
@@ -64,6 +65,10 @@ class DarkAttention(RandomFeatures, PositiveAttention):
 
     def log_features(self, x: Tensor) -> Tensor:
         return performer.exponential_log_features(self.warp(x), self.draws)
+
+    def fused_map(self) -> FeatureMap:
+        one = torch.eye(self.head_dim, dtype=self.shift.dtype, device=self.shift.device)
+        return softmax_features(self.draws, one + self.shift)
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         a, b = self.log_features(q), self.log_features(k)

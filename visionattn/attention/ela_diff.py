@@ -13,6 +13,8 @@ class ElaDiffAttention(DistanceAttention):
     its own query and key gets no weight from itself. As for the sum, attention over many tokens is close to uniform.
     """
 
+    kind = "diff"
+
     def keys(self, k: Tensor) -> Tensor:
         return -k
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from visionattn.attention.linear import SignedAttention
-from visionattn.ops import ela_direction
+from visionattn.ops import ela_direction, fused
 
 
 class ElaDirectionAttention(SignedAttention):
@@ -18,6 +18,9 @@ class ElaDirectionAttention(SignedAttention):
 
     def keys(self, k: Tensor) -> Tensor:
         return ela_direction.key_features(k)
+
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return fused.attend_with_moments(q, k, v, "direction")
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return ela_direction.log_kernel(q, k)

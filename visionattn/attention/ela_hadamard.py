@@ -4,6 +4,7 @@ from torch import Tensor
 
 from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import ela_hadamard
+from visionattn.ops.fused import FeatureMap
 from visionattn.ops.precision import widen
 
 
@@ -16,6 +17,9 @@ class ElaHadamardAttention(PositiveAttention):
 
     def log_features(self, x: Tensor) -> Tensor:
         return widen(x)
+
+    def fused_map(self) -> FeatureMap:
+        return FeatureMap("exp")
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return ela_hadamard.log_kernel(q, k)

@@ -13,6 +13,8 @@ class ElaSumAttention(DistanceAttention):
     |k|^2``, so over many tokens the attention is close to uniform.
     """
 
+    kind = "sum"
+
     def keys(self, k: Tensor) -> Tensor:
         return k
 

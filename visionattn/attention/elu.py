@@ -4,6 +4,7 @@ from torch import Tensor
 
 from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import elu
+from visionattn.ops.fused import FeatureMap
 
 
 class EluAttention(PositiveAttention):
@@ -14,6 +15,9 @@ class EluAttention(PositiveAttention):
 
     def log_features(self, x: Tensor) -> Tensor:
         return elu.log_features(x)
+
+    def fused_map(self) -> FeatureMap:
+        return FeatureMap("elu")
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return elu.log_kernel(q, k)

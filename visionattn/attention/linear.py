@@ -8,7 +8,8 @@ from torch import Tensor
 
 from visionattn.attention.base import Attention, key_mask
 from visionattn.errors import UnsupportedError
-from visionattn.ops import distance, positive, scan, signed
+from visionattn.ops import distance, fused, positive, scan, signed
+from visionattn.ops.fused import FeatureMap
 from visionattn.ops.scan import Family
 
 
@@ -60,7 +61,29 @@ class LinearAttention(Attention):
         is_causal: bool,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            mixed = self.try_fused(q, k, v, attn_mask is not None, is_causal)
+            if mixed is not None:
+                return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
+
+    @torch.jit.unused
+    def try_fused(self, q: Tensor, k: Tensor, v: Tensor, masked: bool, is_causal: bool) -> Tensor | None:
+        """Attend by a fused kernel, or return None where the eager formula is to be taken."""
+        if masked:
+            fused.refuse("tokens are masked")
+            return None
+        return self.fuse_causal(q, k, v) if is_causal else self.fuse(q, k, v)
+
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Attend over all tokens likewise."""
+        fused.refuse("there is none for this mechanism")
+        return None
+
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Attend to the tokens before each likewise."""
+        fused.refuse("there is none for this mechanism with is_causal=True")
+        return None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, is_causal: bool) -> Tensor:
         """Mix the values over all tokens or over those before each, from what the family takes."""
@@ -94,6 +117,16 @@ class PositiveAttention(LinearAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep)
 
+    def fused_map(self) -> FeatureMap | None:
+        """Return the map as fused kernels know it, or None."""
+        return None
+
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return fused.attend_positive(q, k, v, self.fused_map())
+
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return fused.attend_causally(self.queries(q), self.keys(k), v)
+
 
 class SignedAttention(LinearAttention):
     """A kernel with features of any sign, :meth:`queries` and :meth:`keys`; see :mod:`visionattn.ops.signed`."""
@@ -107,6 +140,12 @@ class SignedAttention(LinearAttention):
 
 class DistanceAttention(LinearAttention):
     """The kernel ``|q + k|^2`` of :meth:`queries` and :meth:`keys`; see :mod:`visionattn.ops.distance`."""
+
+    kind: str
+    """Name of the fused kernel."""
+
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        return fused.attend_with_moments(q, k, v, self.kind)
 
     def queries(self, q: Tensor) -> Tensor:
         return q

@@ -10,6 +10,7 @@ from visionattn.attention.linear import PositiveAttention
 from visionattn.errors import ConfigError
 from visionattn.ops import performer, softmax
 from visionattn.ops.draws import gaussian
+from visionattn.ops.fused import FeatureMap, softmax_features
 
 
 class PerformerAttention(RandomFeatures, PositiveAttention):
@@ -59,6 +60,9 @@ class PerformerAttention(RandomFeatures, PositiveAttention):
         if self.feature_map == "exp":
             return performer.exponential_log_features(performer.scaled(x), self.draws)
         return performer.relu_log_features(x, self.draws)
+
+    def fused_map(self) -> FeatureMap | None:
+        return softmax_features(self.draws) if self.feature_map == "exp" else None
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         a, b = self.log_features(q), self.log_features(k)

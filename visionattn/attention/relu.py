@@ -4,6 +4,7 @@ from torch import Tensor
 
 from visionattn.attention.linear import PositiveAttention
 from visionattn.ops import relu
+from visionattn.ops.fused import FeatureMap
 
 
 class ReluAttention(PositiveAttention):
@@ -15,6 +16,9 @@ class ReluAttention(PositiveAttention):
 
     def log_features(self, x: Tensor) -> Tensor:
         return relu.log_features(x)
+
+    def fused_map(self) -> FeatureMap:
+        return FeatureMap("relu")
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return relu.log_kernel(q, k)

@@ -12,6 +12,7 @@ from visionattn.attention.linear import LinearAttention
 from visionattn.errors import ConfigError, suggest
 from visionattn.ops import positive, signed, slay, yat
 from visionattn.ops.draws import gaussian
+from visionattn.ops.fused import attend_causally, attend_positive, yat_features
 from visionattn.ops.scan import Family
 
 
@@ -113,6 +114,15 @@ class SlayAttention(RandomFeatures, LinearAttention):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep) if self.positive else signed.linear(q, k, v, keep)
+
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        features = yat_features(self.draws, self.bank, self.scales, self.weights) if self.positive else None
+        return attend_positive(q, k, v, features)
+
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if not self.positive:
+            return super().fuse_causal(q, k, v)
+        return attend_causally(self.queries(q), self.keys(k), v)
 
     def square_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """The estimate of x^2 of all pairs, (B, H, N, N)."""

@@ -1,60 +1,36 @@
 """Latency of whole models: runtimes side by side in one run, in turns, bare and end to end.
 
-Forward is the network alone, on a random image that lies ready as its input. End to end begins with a photograph as a
-camera gives it and ends with boxes or probabilities: pre-processing, forward, decoding and suppression. Each model is
-called in turn with all others, forward first: it meets caches that another model has filled.
+Forward is the network alone, on a random image that lies ready as its input, in its type and memory format. End to end
+begins with a photograph as a camera gives it and ends with boxes or probabilities: pre-processing, forward, decoding
+and suppression. What does not compute what the weights compute in float32, or fails, is a row with a reason and
+no times.
 """
 
+import gc
+import itertools
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from visionattn.errors import ConfigError
-from visionattn.export import Runner
-from visionattn.export.formats import FORMATS
-from visionattn.export.graph import Graph
-from visionattn.export.network import Network, Request, load_network
-from visionattn.export.quantize import Calibration
-from visionattn.export.runner import runner_of
-from visionattn.export.session import Place, Session, TorchSession
-from visionattn.export.verify import piece
+from visionattn.profiling.clock import Milliseconds, time_in_turns
 from visionattn.profiling.protocols import Number, Result
-
-Runtime = Literal["torch", "torch-compiled", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"]
-RUNTIMES: tuple[Runtime, ...] = (
-    "torch",
-    "torch-compiled",
-    "onnxruntime",
-    "onnxruntime-int8",
-    "openvino",
-    "openvino-int8",
+from visionattn.profiling.runtimes import (
+    TRAINING,
+    Conditions,
+    Subject,
+    known_runtimes,
+    open_candidate,
+    open_subject,
+    precision_of,
 )
-
-WARM_UP = 5
-"""Rounds that are not counted."""
-
-PICTURE = (480, 640)
-"""(H, W) of the picture that end to end begins with."""
-
-
-class Milliseconds(Result):
-    """Median and the 5th and 95th percentiles of a batch."""
-
-    median: Number
-    p5: Number
-    p95: Number
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Milliseconds":
-        low, middle, high = np.percentile(np.asarray(seconds) * 1e3, (5, 50, 95))
-        return cls(median=middle, p5=low, p95=high)
+from visionattn.profiling.steps import Attempt, device_name
 
 
 class LatencyRow(Result):
@@ -62,23 +38,39 @@ class LatencyRow(Result):
 
     Attributes:
         model: name or weights.
-        parameters: how many; of a detector with batch normalisation folded.
-        runtime: see :data:`RUNTIMES`; int8 has all convolutions and matrix products quantised.
+        parameters: how many; of a detector with batch normalisation folded. None of an exported file.
+        runtime: see :data:`~visionattn.profiling.runtimes.RUNTIMES`; int8 has all convolutions and matrix products
+            quantised. ``torch-train`` is a step of training; of an exported file it is its format.
         size: (H, W) of the input.
         batch: images of a batch.
         forward: the bare network.
         end_to_end: from pictures to results.
         found: boxes that the end to end call found, or 0.
+        attention: timm's ``attn_layer``; empty for the model's own.
+        device: ``cpu``, or the name of the GPU.
+        precision: of the arithmetic; of training, that of autocast.
+        train: forward, loss, backward and a step of SGD.
+        peak_memory: bytes above weights and input that forward or training needs; None on the CPU and outside torch.
+        error: largest difference to the weights in float32 on a photograph, relative to the largest; None of int8, of
+            training, and of files whose weights are not there.
+        reason: why there are no times.
     """
 
     model: str
-    parameters: int
+    parameters: int | None
     runtime: str
     size: tuple[int, int]
     batch: int
-    forward: Milliseconds
-    end_to_end: Milliseconds
-    found: int
+    forward: Milliseconds | None = None
+    end_to_end: Milliseconds | None = None
+    found: int | None = None
+    attention: str = ""
+    device: str = "cpu"
+    precision: str = "fp32"
+    train: Milliseconds | None = None
+    peak_memory: int | None = None
+    error: Number | None = None
+    reason: str = ""
 
 
 class LatencyReport(Result):
@@ -90,114 +82,139 @@ class LatencyReport(Result):
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    model: str
-    parameters: int
-    runtime: str
-    size: tuple[int, int]
-    runner: Runner
-    session: Session
+class Sweep:
+    """What to time: the product of all.
 
-
-def measure_latency(
-    models: Sequence[str],
-    sizes: Sequence[tuple[int, int]],
-    runtimes: Sequence[Runtime] = RUNTIMES,
-    batch: int = 1,
-    rounds: int = 60,
-    threads: int = 0,
-    calibration: Calibration | None = None,
-) -> LatencyReport:
-    """Time models in several runtimes on the CPU.
-
-    All are loaded first; then every round times each of them once, forward and end to end, in a new order, so that a
-    change of the machine's speed meets all alike. Files of int8 are not compared with their weights here. Detectors
-    with an NMS-free head run the other one, whose overlaps are suppressed afterwards, as Ultralytics does unless told.
-
-    Args:
-        models: weights, names or yamls.
-        sizes: (H, W) of the input.
-        runtimes: which.
-        batch: images of a batch.
+    Attributes:
+        models: weights, names, yamls, exported files.
+        attentions: timm's ``attn_layer``, to build each model with; the model's own if empty.
+        runtimes: of weights; all that suit the device if empty. An exported file has its own.
+        sizes: (H, W) of the input; as trained or exported if empty.
+        batches: images of a batch.
+        train: time a step of training of models of timm, too.
         rounds: how many timings of each.
-        threads: of the CPU; 0 for one a core.
-        calibration: images for int8.
 
     Raises:
-        ConfigError: int8 without calibration.
+        ConfigError: a number is not positive, or there is no model.
     """
-    threads = threads or torch.get_num_threads()
-    if calibration is None and any(runtime.endswith("int8") for runtime in runtimes):
-        raise ConfigError("int8 needs images to calibrate by; give --calibrate DATA, or leave the int8 runtimes out")
-    with tempfile.TemporaryDirectory() as folder:
-        candidates = [
-            _load(model, size, runtime, batch, threads, calibration, Path(folder) / f"{index}-{size[0]}-{runtime}")
-            for index, model in enumerate(models)
-            for size in sizes
-            for runtime in tqdm(runtimes, f"{model} {size[0]}", disable=None)
-        ]
-    pictures = [piece(index, PICTURE) for index in range(batch)]
-    order = np.random.default_rng(0)
-    forward: list[list[float]] = [[] for _ in candidates]
-    whole: list[list[float]] = [[] for _ in candidates]
-    for number in tqdm(range(rounds + WARM_UP), "timing", disable=None):
-        for index in order.permutation(len(candidates)):
-            candidate = candidates[index]
-            images = torch.rand(batch, 3, *candidate.size)
-            one, two = _timed(lambda: candidate.session(images)), _timed(lambda: candidate.runner(pictures))  # noqa: B023
-            if number >= WARM_UP:
-                forward[index].append(one)
-                whole[index].append(two)
-    rows = [
-        LatencyRow(
-            model=c.model,
-            parameters=c.parameters,
-            runtime=c.runtime,
-            size=c.size,
-            batch=batch,
-            forward=Milliseconds.of(one),
-            end_to_end=Milliseconds.of(two),
-            found=sum(len(getattr(result, "scores", ())) for result in c.runner(pictures)),
-        )
-        for c, one, two in zip(candidates, forward, whole, strict=True)
-    ]
-    return LatencyReport(threads=threads, rounds=rounds, rows=rows)
+
+    models: Sequence[str]
+    attentions: Sequence[str] = ()
+    runtimes: Sequence[str] = ()
+    sizes: Sequence[tuple[int, int]] = ()
+    batches: Sequence[int] = (1,)
+    train: bool = False
+    rounds: int = 60
+
+    def __post_init__(self) -> None:
+        if not self.models or self.rounds < 1 or not self.batches or min(self.batches) < 1:
+            raise ConfigError(
+                f"got {len(self.models)} models, {self.rounds} rounds, batches {list(self.batches)}; "
+                "expected 1 or more of each"
+            )
 
 
-def _load(
-    model: str,
-    size: tuple[int, int],
-    runtime: Runtime,
+@dataclass
+class _Entry:
+    row: LatencyRow
+    attempts: dict[str, Attempt]
+
+
+def measure_latency(sweep: Sweep, conditions: Conditions) -> LatencyReport:
+    """Time models in several runtimes.
+
+    For a size and a batch, all are loaded first; then every round times each of them once, forward and end to end, in a
+    new order, so that a change of the machine's speed meets all alike. Detectors with an NMS-free head run the other
+    one, whose overlaps are suppressed afterwards, as Ultralytics does unless told. Of files with a fixed batch, batches
+    are filled up and split.
+
+    Args:
+        sweep: what.
+        conditions: how, all alike.
+
+    Raises:
+        ConfigError: a runtime is unknown, unsuitable or not calibrated; nothing can be trained.
+        VisionAttnError: a model cannot be loaded at all.
+    """
+    if conditions.threads:
+        torch.set_num_threads(conditions.threads)
+    runtimes = known_runtimes(sweep.runtimes, conditions)
+    attentions = sweep.attentions or [""]
+    subjects = [open_subject(*pair, conditions) for pair in itertools.product(sweep.models, attentions)]
+    if sweep.train and not any(subject.trainable for subject in subjects):
+        raise ConfigError(f"--train is for classifiers of timm; got {', '.join(sweep.models)}: leave it out")
+    config: Any = torch._dynamo.config
+    rows, sizes = list[LatencyRow](), sweep.sizes or (None,)
+    # Models of one class share the cache of their forward's compilations, which is made for a few.
+    with config.patch(recompile_limit=256, accumulated_recompile_limit=2048), _on(conditions.device):
+        for size, batch in itertools.product(sizes, sweep.batches):
+            planned = list(_planned(subjects, runtimes, sweep.train))
+            rows += _measure(planned, size, batch, sweep.rounds, conditions)
+            _forget(conditions.device)
+    return LatencyReport(threads=torch.get_num_threads(), rounds=sweep.rounds, rows=rows)
+
+
+def _planned(subjects: Sequence[Subject], runtimes: Sequence[str], train: bool) -> Iterator[tuple[Subject, str]]:
+    for subject in subjects:
+        if subject.exported:
+            yield subject, subject.runtime
+            continue
+        yield from ((subject, runtime) for runtime in runtimes)
+        if train and subject.trainable:
+            yield subject, TRAINING
+
+
+def _measure(
+    planned: Sequence[tuple[Subject, str]],
+    size: tuple[int, int] | None,
     batch: int,
-    threads: int,
-    calibration: Calibration | None,
-    folder: Path,
-) -> _Candidate:
-    precision: Any = "int8" if runtime.endswith("int8") else "fp32"
-    network = load_network(Request(model, size, batch, precision=precision))
-    session = _session(network, runtime, threads, calibration, folder)
-    parameters = sum(parameter.numel() for parameter in network.truth.parameters())
-    return _Candidate(model, parameters, runtime, size, runner_of(session, size), session)
+    rounds: int,
+    conditions: Conditions,
+) -> list[LatencyRow]:
+    """Load, check and time all contenders of a size and a batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        entries = [
+            _entered(subject, runtime, size or subject.info.size, batch, conditions, Path(folder) / str(index))
+            for index, (subject, runtime) in enumerate(tqdm(planned, f"loading, {size or ''} x {batch}", disable=None))
+        ]
+        attempts = [attempt for entry in entries for attempt in entry.attempts.values()]
+        times = iter(time_in_turns(attempts, conditions.device, rounds))
+    return [_timed(entry, {field: next(times) for field in entry.attempts}) for entry in entries]
 
 
-def _session(
-    network: Network, runtime: Runtime, threads: int, calibration: Calibration | None, folder: Path
-) -> Session:
-    place = Place("cpu", threads)
-    if runtime == "torch":
-        return TorchSession(network.module, network.info, place)
-    folder.mkdir()
-    if runtime == "torch-compiled":
-        # The captured program: models of one class would share, and exhaust, the cache of their forward's compilations.
-        compiled: Any = torch.compile(Graph(network, folder).program.module())
-        return TorchSession(compiled, network.info, place)
-    form = FORMATS["openvino" if runtime.startswith("openvino") else "onnx"]
-    path = folder / f"model{form.suffix}"
-    form.write(Graph(network, folder, calibration), path)
-    return form.open_session(path, place)
+def _entered(
+    subject: Subject, runtime: str, size: tuple[int, int], batch: int, conditions: Conditions, folder: Path
+) -> _Entry:
+    row = LatencyRow(
+        model=subject.weights,
+        parameters=subject.parameters,
+        runtime=runtime,
+        size=size,
+        batch=batch,
+        attention=subject.attention,
+        device=device_name(conditions.device),
+        precision=precision_of(subject, runtime, conditions),
+    )
+    opening = Attempt(lambda _: open_candidate(subject, runtime, size, batch, conditions, folder))
+    candidate = opening()
+    if candidate is None:
+        return _Entry(row.model_copy(update={"reason": opening.reason}), {})
+    attempts = {field: Attempt(call) for field, call in candidate.calls.items()}
+    return _Entry(LatencyRow(**row.model_dump() | candidate.facts), attempts)
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def _timed(entry: _Entry, times: dict[str, Milliseconds]) -> LatencyRow:
+    reason = next((attempt.reason for attempt in entry.attempts.values() if attempt.reason), "")
+    return entry.row.model_copy(update={"reason": reason, "peak_memory": None} if reason else times)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _forget(device: torch.device) -> None:
+    """Give back what contenders of a size and batch took."""
+    gc.collect()
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,15 +1,19 @@
 """Tables of what was measured, for a terminal and for a file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
 from visionattn.export.info import size_text
+from visionattn.profiling.clock import Milliseconds
+from visionattn.profiling.compare import Comparison
 from visionattn.profiling.exports import EngineReport, EngineRow, ParityReport
 from visionattn.profiling.fidelity import FidelityReport, Precision, Table, describe
 from visionattn.profiling.figures import Figure
-from visionattn.profiling.latency import LatencyReport, Milliseconds
+from visionattn.profiling.latency import LatencyReport, LatencyRow
+from visionattn.profiling.memory import MemoryReport, MemoryRow
+from visionattn.profiling.operations import OperationRow, OperationsReport
 from visionattn.profiling.protocols import Spread
 from visionattn.profiling.sweep import Choice
 
@@ -79,22 +83,114 @@ def _built(row: EngineRow) -> tuple[str, ...]:
 
 
 def latency_grids(report: LatencyReport) -> list[Grid]:
-    """Return a table a size."""
+    """Return a table a size and a batch, without columns in which nothing stands."""
+    columns = (
+        *("model", "parameters", "runtime", "precision", "forward ms (p5 to p95)", "end to end ms"),
+        *("training step ms", "peak MiB", "error", "boxes found", ""),
+    )
     grids = []
-    for size, batch in dict.fromkeys((row.size, row.batch) for row in report.rows):
-        rows = [
-            (r.model, f"{r.parameters / 1e6:.2f} M", r.runtime, _spread(r.forward), _spread(r.end_to_end), str(r.found))
-            for r in report.rows
-            if (r.size, r.batch) == (size, batch)
-        ]
-        columns = ("model", "parameters", "runtime", "forward ms (p5 to p95)", "end to end ms", "boxes found")
-        title = f"{size_text(size)} px, batch {batch}, {report.threads} threads, {report.rounds} rounds"
-        grids.append(Grid(title, columns, rows))
+    for device, size, batch in dict.fromkeys((row.device, row.size, row.batch) for row in report.rows):
+        rows = [_latency(row) for row in report.rows if (row.device, row.size, row.batch) == (device, size, batch)]
+        title = f"{size_text(size)} px, batch {batch}, {device}, {report.threads} threads, {report.rounds} rounds"
+        told = [index for index in range(len(columns)) if {row[index] for row in rows} - {"", "-"}]
+        grids.append(Grid(title, [columns[i] for i in told], [[row[i] for i in told] for row in rows]))
     return grids
 
 
-def _spread(time: Milliseconds) -> str:
-    return f"{time.median:.1f} ({time.p5:.1f} to {time.p95:.1f})"
+def _latency(row: LatencyRow) -> tuple[str, ...]:
+    return (
+        f"{row.model} {row.attention}".strip(),
+        "-" if row.parameters is None else f"{row.parameters / 1e6:.2f} M",
+        *(row.runtime, row.precision, _spread(row.forward), _spread(row.end_to_end), _spread(row.train)),
+        *(_mebibytes(row.peak_memory), "-" if row.error is None else f"{row.error:.1e}"),
+        *("-" if row.found is None else str(row.found), row.reason),
+    )
+
+
+def memory_grids(report: MemoryReport) -> list[Grid]:
+    """Return a table of time and one of memory, a row a mechanism and a column a size; and one of what failed."""
+    sizes = list(dict.fromkeys((row.size, row.tokens) for row in report.rows))
+    columns = ("mechanism", "", *(f"{size_text(size)} px, {tokens:,} tokens" for size, tokens in sizes))
+    times, memories = [], []
+    for name in dict.fromkeys((row.mechanism, row.step) for row in report.rows):
+        own = {row.size: row for row in report.rows if (row.mechanism, row.step) == name}
+        times.append((*name, *(_spread(own[size].time) for size, _ in sizes)))
+        memories.append((*name, *(_grown(own[size]) for size, _ in sizes)))
+    what = f"{report.subject}, {report.dtype}, one image, {report.rows[0].device}"
+    failed = [(r.mechanism, r.step, size_text(r.size), r.reason) for r in report.rows if r.reason]
+    return [
+        Grid(f"ms (p5 to p95): {what}, {report.rounds} rounds", columns, times),
+        Grid(f"Peak MiB above weights and input (power of tokens it grew by): {what}", columns, memories),
+        *([Grid("Not measured", ("mechanism", "", "px", "reason"), failed)] if failed else []),
+    ]
+
+
+def _grown(row: MemoryRow) -> str:
+    return _mebibytes(row.peak_memory) + (f" ({row.growth:.2f})" if row.growth is not None else "")
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _spread(time: Milliseconds | None) -> str:
+    return f"{time.median:.3g} ({time.p5:.3g} to {time.p95:.3g})" if time else "-"
+
+
+def operation_grids(report: OperationsReport) -> list[Grid]:
+    """Return tables of times and of errors, with a column a number of tokens; and one of what has no time."""
+    what = f"{report.heads} heads x {report.head_dim}, {report.dtype}, {report.rounds} rounds"
+    grids = []
+    for direction in dict.fromkeys(row.direction for row in report.rows):
+        rows = [row for row in report.rows if row.direction == direction]
+        grids.append(_by_tokens(f"{direction}, µs (times the floor): {what}", rows, lambda row: _micro(row, row.time)))
+        if any(row.graph for row in rows):
+            title = f"{direction}, µs (times the floor), called from Python, not by CUDA graph: {what}"
+            grids.append(_by_tokens(title, rows, lambda row: _micro(row, row.call)))
+        if direction != "backward":
+            name = "output" if direction == "forward" else "gradient"
+            title = f"{direction}, relative L2 error of the {name} to float64 (times that of eager)"
+            grids.append(_by_tokens(title, rows, _erring))
+    failed = [(r.mechanism, r.form, str(r.tokens), r.direction, r.reason) for r in report.rows if r.reason]
+    columns = ("mechanism", "form", "tokens", "direction", "reason")
+    return [*grids, *([Grid("Without time or graph", columns, failed)] if failed else [])]
+
+
+def _by_tokens(title: str, rows: Sequence[OperationRow], cell: Callable[[OperationRow], str]) -> Grid:
+    floors = {(row.tokens, row.batch): row.floor * 1e3 for row in rows if row.mechanism == "softmax"}
+    columns = [f"N {tokens}, B {batch}, floor {floor:.3g}" for (tokens, batch), floor in floors.items()]
+    cells = []
+    for name in dict.fromkeys((row.mechanism, row.form) for row in rows):
+        cells.append((*name, *(cell(row) for row in rows if (row.mechanism, row.form) == name)))
+    return Grid(title, ("mechanism", "form", *columns), cells)
+
+
+def _micro(row: OperationRow, time: Milliseconds | None) -> str:
+    return f"{time.median * 1e3:.4g} ({time.median / row.floor:.2f})" if time else "-"
+
+
+def _erring(row: OperationRow) -> str:
+    if row.error is None:
+        return "-"
+    return f"{row.error:.1e}" + (f" ({row.ratio:.2f})" if row.ratio is not None else "")
+
+
+def ratio_grids(comparison: Comparison) -> list[Grid]:
+    """Return a table a measurement, of rows that only one report has, and of what differs around them."""
+    grids = []
+    for field, pairs in comparison.pairs.items():
+        rows = [(*pair.row, *(_digits(number) for number in (pair.a, pair.b, pair.ratio))) for pair in pairs]
+        grids.append(Grid(field, (*comparison.names, "A", "B", "B/A"), rows))
+    for name, keys in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if keys:
+            grids.append(Grid(f"Only in {name}", comparison.names, keys))
+    if comparison.differences:
+        grids.append(Grid("What differs", ("what", "A", "B"), comparison.differences))
+    return grids
+
+
+def _digits(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4g}"
 
 
 def figure_grid(figures: Iterable[Figure]) -> Grid:

@@ -1,0 +1,18 @@
+"""Memory for what kernels write."""
+
+import torch
+from torch import Tensor
+
+
+def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return memory for an output, (B, N, H, D), for x (B, H, N, D).
+
+    It is not transposed here: an operator that returns a view forbids its users to change it in place.
+    """
+    B, H, N, D = x.shape
+    return x.new_empty(B, N, H, D, dtype=dtype)
+
+
+def gradient_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return memory for a gradient, (B, H, N, D), that lies as (B, N, H, D)."""
+    return output_like(x, dtype).transpose(1, 2)

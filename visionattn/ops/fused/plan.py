@@ -1,0 +1,72 @@
+"""How a kernel is launched: a function of shapes and types alone, so that sums are the same on every machine.
+
+The sizes were found by measurement on an H100; results/ops has what they reach.
+"""
+
+from typing import NamedTuple
+
+SLOTS = 264
+"""Programs that a large GPU runs at once; fewer heads than that are split."""
+
+
+class Plan(NamedTuple):
+    """Sizes of one launch.
+
+    Attributes:
+        chunks: parts of a head whose partial sums are joined; 1: a program has a whole head to itself.
+        readers: parts of a head in the second half of the work.
+        block: tokens of a step.
+        query_block: queries of a step of the forward pass.
+        warps: of a program.
+        stages: of the software pipeline.
+    """
+
+    chunks: int
+    readers: int
+    block: int
+    query_block: int
+    warps: int
+    stages: int
+
+
+def plan_forward(tokens: int, heads: int, features: int, width: int, half: bool) -> Plan:
+    """Choose for N tokens, B H heads, padded numbers of features and widths, and half or full precision."""
+    chunks = _chunks(tokens, heads, 2048)
+    if features > width:
+        return Plan(chunks, 2 * chunks, 32, 64, 4, 1)
+    if not half:
+        return Plan(chunks, chunks, 32, 32, 8, 2) if width <= 64 else Plan(chunks, chunks, 16, 16, 8, 1)
+    if width > 64:
+        return Plan(chunks, chunks, 64, 64, 8, 2)
+    if chunks > 1 or tokens > 1280:
+        return Plan(chunks, chunks, 128, 128, 4, 3)
+    return Plan(1, 1, 64, 64, 2, 3) if tokens > 512 else Plan(1, 1, 32, 32, 1, 3)
+
+
+def plan_backward(tokens: int, heads: int, features: int, width: int, half: bool) -> Plan:
+    """Choose likewise."""
+    chunks = _chunks(tokens, heads, 512)
+    if features > width:
+        return Plan(chunks, chunks, 32, 32, 8, 1)
+    if not half:
+        return Plan(chunks, chunks, 32, 32, 8, 1) if width <= 64 else Plan(chunks, chunks, 16, 16, 8, 1)
+    return Plan(chunks, 2 * chunks, 64, 64, 4 if width <= 64 else 8, 3 if width <= 64 else 2)
+
+
+def plan_moments(tokens: int, heads: int, half: bool) -> Plan:
+    """Choose for the kernels of moments, forward."""
+    chunks = _chunks(tokens, heads, 2048)
+    return Plan(chunks, chunks, 64, 64, 4, 2) if half else Plan(chunks, chunks, 32, 32, 8, 2)
+
+
+def plan_moments_backward(tokens: int, heads: int) -> Plan:
+    """Choose likewise, backward."""
+    chunks = _chunks(tokens, heads, 512)
+    return Plan(chunks, chunks, 32, 32, 8, 1)
+
+
+def _chunks(tokens: int, heads: int, whole: int) -> int:
+    """Return 1 for up to 512 tokens, or up to ``whole`` of them where heads are many, and else parts of 256 or more."""
+    if tokens <= 512 or (tokens <= whole and 2 * heads >= SLOTS):
+        return 1
+    return max(-(-tokens // 1024), min(-(-SLOTS // heads), -(-tokens // 256)))

@@ -1,0 +1,90 @@
+"""What all kernels share: tiles of tokens in and out, parts of the work, and flags between programs."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inside_tile(at, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
+    """Return which of (BLOCK, D) exist: in the last block of some tokens, EDGE, rows end too."""
+    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    inside = (d < WIDTH)[None, :]
+    if EDGE:
+        inside = inside & (n < stop)[:, None]
+    return inside
+
+
+@triton.jit
+def load_rows(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+          EDGE: tl.constexpr):  # fmt: skip
+    """Load rows of (tokens, WIDTH) as (BLOCK, D), zeros outside."""
+    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    places = base + n[:, None] * stride_n + d[None, :] * stride_d
+    if EDGE or WIDTH < D:
+        tile = tl.load(places, mask=inside_tile(at, stop, WIDTH, BLOCK, D, EDGE), other=0.0)
+    else:
+        tile = tl.load(places)
+    return tile
+
+
+@triton.jit
+def load_columns(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+             EDGE: tl.constexpr):  # fmt: skip
+    """Load rows of (tokens, WIDTH) as columns, (D, BLOCK), zeros outside."""
+    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    places = base + n[None, :] * stride_n + d[:, None] * stride_d
+    if EDGE or WIDTH < D:
+        tile = tl.load(places, mask=tl.trans(inside_tile(at, stop, WIDTH, BLOCK, D, EDGE)), other=0.0)
+    else:
+        tile = tl.load(places)
+    return tile
+
+
+@triton.jit
+def store_rows(base, value, at, stop, stride_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+           EDGE: tl.constexpr):  # fmt: skip
+    """Store (BLOCK, D) as rows of (tokens, WIDTH)."""
+    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    places = base + n[:, None] * stride_n + d[None, :]
+    value = value.to(base.dtype.element_ty)
+    if EDGE or WIDTH < D:
+        tl.store(places, value, mask=inside_tile(at, stop, WIDTH, BLOCK, D, EDGE))
+    else:
+        tl.store(places, value)
+
+
+@triton.jit
+def load_matrix(base, head, rows, width, R: tl.constexpr, D: tl.constexpr):
+    """Load the head's matrix of a contiguous (heads, rows, width) as (R, D), zeros outside."""
+    r, d = tl.arange(0, R), tl.arange(0, D)
+    inside = (r[:, None] < rows) & (d[None, :] < width)
+    return tl.load(base + (head * rows + r[:, None]) * width + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def place(item, heads, parts):
+    """Return head, of all images, and part of an item: heads of an image go together, whose tokens share memory."""
+    h, rest = item % heads, item // heads
+    return rest // parts * heads + h, rest % parts
+
+
+@triton.jit
+def span(part, parts, tokens, BLOCK: tl.constexpr):
+    """Return the tokens, from and to, of one of equal parts of whole blocks."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    return part * blocks // parts * BLOCK, tl.minimum((part + 1) * blocks // parts * BLOCK, tokens)
+
+
+@triton.jit
+def arrive(flag):
+    """Count this program in, after all that it wrote; return how many were in before."""
+    tl.debug_barrier()
+    return tl.atomic_add(flag, 1, sem="acq_rel")
+
+
+@triton.jit
+def wait_for(flag, count):
+    """Wait until ``count`` programs are in."""
+    while tl.atomic_add(flag, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()

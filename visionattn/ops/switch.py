@@ -1,0 +1,42 @@
+"""The one switch between fused kernels and eager formulas."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from visionattn.errors import ConfigError, suggest
+
+Path = Literal["auto", "fused", "eager"]
+PATHS: tuple[Path, ...] = ("auto", "fused", "eager")
+
+_chosen: list[Path] = []
+
+
+def path() -> Path:
+    """Return the path chosen by :func:`kernels`, or else by the variable ``VISIONATTN_KERNELS``, or else ``auto``."""
+    return _chosen[-1] if _chosen else _checked(os.environ.get("VISIONATTN_KERNELS", "auto"))
+
+
+@contextmanager
+def kernels(path: Path) -> Iterator[None]:
+    """Choose how attention is computed, in all threads, within a ``with`` block.
+
+    Args:
+        path: ``auto``: by fused kernels where there are some for the mechanism, the device and the inputs, by eager
+            formulas elsewhere. ``fused``: by fused kernels, or not at all. ``eager``: by eager formulas.
+
+    Raises:
+        ConfigError: no such path.
+    """
+    _chosen.append(_checked(path))
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def _checked(name: str) -> Path:
+    if name not in PATHS:
+        raise ConfigError(f"kernels: got {name!r}; {suggest(name, PATHS)}")
+    return name
