@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import ConfigError, UnsupportedError
+from visionattn.ops.packing import unpack, views
 from visionattn.ops.precision import outcast
 
 
@@ -177,10 +178,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of the tokens, each (B, H, N, head_dim)."""
-        B, N, _ = x.shape
-        q, k, v = [
-            stream.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for stream in self.qkv(x).chunk(3, -1)
-        ]
+        x = self.qkv(x)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            q, k, v = views(x, self.num_heads)
+        else:
+            q, k, v = unpack(x, self.num_heads)
         return self.q_norm(q), self.k_norm(k), v
 
     def convolve(self, v: Tensor, grid: tuple[int, int] | None) -> Tensor:

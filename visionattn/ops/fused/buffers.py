@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from visionattn.ops.packing import packed_like
+
 
 def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory for an output, (B, N, H, D), for x (B, H, N, D).
@@ -16,3 +18,10 @@ def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def gradient_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory for a gradient, (B, H, N, D), that lies as (B, N, H, D)."""
     return output_like(x, dtype).transpose(1, 2)
+
+
+def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for the gradients of queries, keys and values: in one packed projection, if they are alike."""
+    if q.shape == v.shape and q.dtype == k.dtype == v.dtype:
+        return packed_like(q)
+    return gradient_like(q), gradient_like(k), gradient_like(v)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
-from visionattn.ops.fused.buffers import gradient_like, output_like
+from visionattn.ops.fused.buffers import gradient_like, gradients_like, output_like
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.plan import plan_backward, plan_forward
 
@@ -203,8 +203,9 @@ def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
 
 def _gradients_like(q: Tensor, k: Tensor, v: Tensor, warp: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for gradients; those before a warp stay in float32."""
-    dtype = None if warp is None else torch.float32
-    return gradient_like(q, dtype), gradient_like(k, dtype), gradient_like(v)
+    if warp is None:
+        return gradients_like(q, k, v)
+    return gradient_like(q, torch.float32), gradient_like(k, torch.float32), gradient_like(v)
 
 
 def _outputs(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

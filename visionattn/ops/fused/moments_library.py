@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionattn.ops import distance, ela_direction, signed
 from visionattn.ops.fused import moments as kernels
-from visionattn.ops.fused.buffers import gradient_like, output_like
+from visionattn.ops.fused.buffers import gradients_like, output_like
 from visionattn.ops.fused.plan import Plan, plan_moments, plan_moments_backward
 
 KINDS = {"sum": kernels.SUM, "diff": kernels.DIFF, "direction": kernels.DIRECTION}
@@ -72,7 +72,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: 
     B, H, N, _ = q.shape
     D, E = _padded(q, v)
     plan = plan_moments_backward(N, B * H)
-    dq, dk, dv = (gradient_like(x) for x in (q, k, v))
+    dq, dk, dv = gradients_like(q, k, v)
     flags, parts = _workspace(q, v, plan)
     kernels.backward[_grid(plan, B * H)](
         *(q, k, v, do, dq, dk, dv, state, torch.empty_like(state), parts, flags),
@@ -94,7 +94,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: 
 
 @_backward.register_fake
 def _backward_shapes(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: str) -> Any:
-    return gradient_like(q), gradient_like(k), gradient_like(v)
+    return gradients_like(q, k, v)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,53 @@
+"""The packed projection taken apart, and its gradient put together without a copy where kernels wrote it in place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unpack(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of a packed projection, (B, N, 3 H D) to (B, H, N, D) each, as views."""
+    if torch.is_grad_enabled() and x.requires_grad and x.is_cuda and not torch.compiler.is_compiling():
+        q, k, v = _Unpack.apply(x, heads)
+        return q, k, v
+    return views(x, heads)
+
+
+def packed_like(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for three tensors like q (B, H, N, D), the views of one packed projection."""
+    B, H, N, D = q.shape
+    return views(q.new_empty(B, N, 3 * H * D), H)
+
+
+def views(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same by PyTorch's own operators."""
+    B, N, _ = x.shape
+    q, k, v = [part.reshape(B, N, heads, -1).transpose(1, 2) for part in x.chunk(3, -1)]
+    return q, k, v
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        return views(x, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        B, H, N, D = gradients[0].shape
+        whole = None if torch.is_grad_enabled() else _whole(gradients)
+        if whole is None:
+            whole = torch.stack(gradients, 2).permute(0, 3, 2, 1, 4).reshape(B, N, 3 * H * D)
+        return whole, None
+
+
+def _whole(parts: tuple[Tensor, ...]) -> Tensor | None:
+    """Return the packed projection that three tensors are the views of, or None."""
+    q = parts[0]
+    B, H, N, D = q.shape
+    strides = 3 * N * H * D, D, 3 * H * D, 1
+    for index, part in enumerate(parts):
+        lies = part.stride() == strides and part.storage_offset() == q.storage_offset() + index * H * D
+        if not lies or part.untyped_storage().data_ptr() != q.untyped_storage().data_ptr() or part.dtype != q.dtype:
+            return None
+    return q.as_strided((B, N, 3 * H * D), (3 * N * H * D, 3 * H * D, 1), q.storage_offset())
