@@ -20,8 +20,15 @@ def gradient_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return output_like(x, dtype).transpose(1, 2)
 
 
-def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for the gradients of queries, keys and values: in one packed projection, if they are alike."""
-    if q.shape == v.shape and q.dtype == k.dtype == v.dtype:
+def gradients_like(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for the gradients of queries, keys and values: in one packed projection, if they are alike.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, N, D).
+        v: (B, H, N, E).
+        dtype: of the gradients of queries and keys, if not theirs.
+    """
+    if dtype is None and q.shape == v.shape and q.dtype == k.dtype == v.dtype:
         return packed_like(q)
-    return gradient_like(q), gradient_like(k), gradient_like(v)
+    return gradient_like(q, dtype), gradient_like(k, dtype), gradient_like(v)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
-from visionattn.ops.fused.buffers import gradient_like, gradients_like, output_like
+from visionattn.ops.fused.buffers import gradients_like, output_like
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.plan import plan_backward, plan_forward
 
@@ -97,7 +97,7 @@ def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, kind: str, draws: Any, bank
     return _outputs(FeatureMap(kind, draws, bank), q, v)
 
 
-@torch.library.custom_op("visionattn::positive_backward", mutates_args=())
+@torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -113,13 +113,15 @@ def _backward(
     warp: Tensor | None,
     gains: Sequence[float],
     square: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
     features = FeatureMap(kind, draws, bank, warp, tuple(gains), square=square)
     B, H, N, _ = q.shape
     F, D, E = _padded(features, q, v)
     plan = plan_backward(N, B * H, F, max(D, E), q.dtype != torch.float32)
     whole = plan.chunks == 1
-    dq, dk, dv = _gradients_like(q, k, v, warp)
     flags, parts, pulls = _workspace(q, B * H, 0 if whole else plan.chunks, (E, F), (F,))
     dslots, pull, scale = torch.empty_like(slots), torch.empty_like(top), torch.empty_like(top[:, 0])
     _, low, bank_in, warp_in, warp_low, packed_gains, _, square_2, each, banks = constants = _constants(features, q)
@@ -145,15 +147,6 @@ def _backward(
         P="ieee",
         num_warps=plan.warps,
     )
-    return dq, dk, dv
-
-
-@_backward.register_fake
-def _backward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, do: Any, slots: Any, top: Any, mass: Any, level: Any, kind: Any, draws: Any,
-    bank: Any, warp: Tensor | None, *_: Any
-) -> Any:  # fmt: skip
-    return _gradients_like(q, k, v, warp)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -171,7 +164,8 @@ def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
         dq, dk, dv, dwarp = _eager_gradients(q, k, v, warp, do, features)
     else:
-        dq, dk, dv = _backward(q, k, v, do, *state, ctx.kind, draws, bank, warp, ctx.gains, ctx.square)
+        dq, dk, dv = gradients_like(q, k, v, None if warp is None else torch.float32)
+        _backward(q, k, v, do, *state, ctx.kind, draws, bank, warp, ctx.gains, ctx.square, dq, dk, dv)
         dwarp = None
         if warp is not None:
             wide = warp.float()
@@ -199,13 +193,6 @@ def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
     sizes = features.features(q.shape[-1]), q.shape[-1], v.shape[-1]
     F, D, E = (max(16, triton.next_power_of_2(size)) for size in sizes)
     return F, D, E
-
-
-def _gradients_like(q: Tensor, k: Tensor, v: Tensor, warp: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for gradients; those before a warp stay in float32."""
-    if warp is None:
-        return gradients_like(q, k, v)
-    return gradient_like(q, torch.float32), gradient_like(k, torch.float32), gradient_like(v)
 
 
 def _outputs(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

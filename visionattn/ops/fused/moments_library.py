@@ -67,12 +67,13 @@ def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> A
     return output_like(v), _states(q, v, q.shape[0] * q.shape[1])
 
 
-@torch.library.custom_op("visionattn::moments_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("visionattn::moments_backward", mutates_args=("dq", "dk", "dv"))
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: str, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
     B, H, N, _ = q.shape
     D, E = _padded(q, v)
     plan = plan_moments_backward(N, B * H)
-    dq, dk, dv = gradients_like(q, k, v)
     flags, parts = _workspace(q, v, plan)
     kernels.backward[_grid(plan, B * H)](
         *(q, k, v, do, dq, dk, dv, state, torch.empty_like(state), parts, flags),
@@ -89,12 +90,6 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: 
         P=_precision(q),
         num_warps=plan.warps,
     )
-    return dq, dk, dv
-
-
-@_backward.register_fake
-def _backward_shapes(q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: str) -> Any:
-    return gradients_like(q, k, v)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +105,9 @@ def _gradients(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     do = do.transpose(1, 2)
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
         return *_eager_gradients(q, k, v, do, ctx.kind), None, None
-    return *_backward(q, k, v, do, state, ctx.kind), None, None
+    dq, dk, dv = gradients_like(q, k, v)
+    _backward(q, k, v, do, state, ctx.kind, dq, dk, dv)
+    return dq, dk, dv, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
