@@ -133,7 +133,7 @@ def test_operator_is_registered_soundly(name: str) -> None:
 def test_training_in_a_whole_compiled_graph(name: str) -> None:
     torch.compiler.reset()
     layer = made(name)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True)
     for tokens in (196, 300):
         x = packed(layer, 2, tokens, torch.bfloat16).requires_grad_()
         out = compiled(x)

@@ -92,13 +92,13 @@ def _sets(shape: Shape, streams: int, direction: Direction) -> list[tuple[Tensor
 
 
 def _too_large(entrant: Entrant, shape: Shape) -> Verdict | None:
-    """Refuse all pairs in memory, three times over in float32, where they would take more than half of it."""
+    """Refuse all pairs in memory, three times over in float32, where they would take more than a sixteenth of it."""
     needed = 3 * 4 * shape.batch * shape.heads * shape.tokens**2
     if shape.device.type == "cuda":
         memory = torch.cuda.get_device_properties(shape.device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if entrant.form != "math" or needed <= memory / 2:
+    if entrant.form != "math" or needed <= memory / 16:
         return None
     return Verdict(reason=f"all pairs would take {needed / 1e9:.0f} of {memory / 1e9:.0f} GB")
 
