@@ -34,10 +34,14 @@ class _Unpack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        B, H, N, D = gradients[0].shape
-        whole = None if torch.is_grad_enabled() else _whole(gradients)
+        if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
+            return torch.cat([part.transpose(1, 2).flatten(2) for part in gradients], -1), None
+        whole = _whole(gradients)
         if whole is None:
-            whole = torch.stack(gradients, 2).permute(0, 3, 2, 1, 4).reshape(B, N, 3 * H * D)
+            B, H, N, D = gradients[0].shape
+            whole = gradients[0].new_empty(B, N, 3 * H * D)
+            for place, part in zip(views(whole, H), gradients, strict=True):
+                place.copy_(part)
         return whole, None
 
 
