@@ -1,0 +1,179 @@
+"""Fused kernels of positive features, in Triton's interpreter where there is no GPU.
+
+bfloat16 is left to GPUs: the interpreter multiplies its bits.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from visionattn.attention import ATTENTION, Attention
+from visionattn.errors import UnsupportedError
+from visionattn.ops import positive, switch
+from visionattn.ops.fused import FeatureMap, library, softmax_features, yat_features
+from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+D = 16
+SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2)
+WHOLE = SPLIT._replace(chunks=1, readers=1)
+
+
+def random_map(warped: bool) -> FeatureMap:
+    draws = torch.randn(2, 40, D, device=DEVICE).bfloat16().float()
+    warp = torch.eye(D, device=DEVICE) + 0.1 * torch.randn(2, D, D, device=DEVICE)
+    return softmax_features(draws, warp.requires_grad_() if warped else None)
+
+
+def sphere_map() -> FeatureMap:
+    draws = torch.randn(2, 2, 8, D, device=DEVICE).bfloat16().float()
+    bank = torch.nn.functional.normalize(torch.randn(4, D, device=DEVICE), dim=-1).bfloat16().float()
+    return yat_features(draws, bank, [0.3, 1.2], [0.5, 0.2])
+
+
+MAPS = {
+    "exp": lambda: FeatureMap("exp"),
+    "elu": lambda: FeatureMap("elu"),
+    "relu": lambda: FeatureMap("relu"),
+    "performer": lambda: random_map(False),
+    "dark": lambda: random_map(True),
+    "slay": sphere_map,
+}
+
+
+@pytest.fixture(params=[WHOLE, SPLIT], ids=["whole", "split"], autouse=True)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for name in ("plan_forward", "plan_backward"):
+        monkeypatch.setattr(library, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
+
+
+def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0) -> list[Tensor]:
+    """Queries, keys, values and a gradient, all of them views, as attention has them."""
+    widths = (D, D, value_width, value_width)
+    return [
+        torch.randn(2, tokens, 2, w, device=DEVICE).mul(scale).to(dtype).transpose(1, 2).requires_grad_()
+        for w in widths
+    ]
+
+
+def everything(x: list[Tensor], features: FeatureMap, eager: bool) -> list[Tensor]:
+    """Output and gradients."""
+    q, k, v, g = x
+    wanted = [q, k, v] + ([] if features.warp is None else [features.warp])
+    out = positive.linear(features.logs(q), features.logs(k), v) if eager else library.attend(q, k, v, features)
+    return [out.detach(), *torch.autograd.grad(out, wanted, g.detach())]
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def in_double(x: list[Tensor], features: FeatureMap) -> tuple[list[Tensor], FeatureMap]:
+    warp = None if features.warp is None else features.warp.detach().double().requires_grad_()
+    return [y.detach().double().requires_grad_() for y in x], features._replace(warp=warp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "value_width"), [(1, 16), (53, 24)])
+@pytest.mark.parametrize("name", MAPS)
+def test_errors_are_those_of_the_formula(name: str, tokens: int, value_width: int, dtype: torch.dtype) -> None:
+    features, x = MAPS[name](), inputs(tokens, dtype, value_width)
+    found, usual = everything(x, features, False), everything(x, features, True)
+    truth = everything(*in_double(x, features), True)
+    rounding = 3e-7 if dtype == torch.float32 else 1e-4
+    for fused, eager, exact in zip(found, usual, truth, strict=True):
+        assert fused.dtype == eager.dtype
+        if exact.norm() > 1e-3:  # one token's gradients are zero
+            assert error(fused, exact) <= 1.5 * error(eager, exact) + rounding
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
+    features, x = MAPS[name](), inputs(40, torch.float16)
+    first = everything(x, features, False)
+    assert all(torch.equal(a, b) for a, b in zip(first, everything(x, features, False), strict=True))
+    with torch.no_grad():
+        assert torch.equal(library.attend(*x[:3], features), first[0])
+
+
+@pytest.mark.parametrize("name", ["exp", "elu", "relu"])
+def test_long_vectors_and_lonely_features(name: str) -> None:
+    features, x = MAPS[name](), inputs(40, torch.float16, scale=60.0)
+    with torch.no_grad():
+        x[1][..., 0] = -60.0  # a feature that no key has
+        x[0][:, :, 3] = -60.0  # a query without any
+    truth = everything(*in_double(x, features), True)
+    for fused, exact in zip(everything(x, features, False), truth, strict=True):
+        assert fused.isfinite().all()
+        assert error(fused, exact) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["exp", "dark", "slay"])
+def test_constant_values_come_back(name: str) -> None:
+    q, k, v, _ = inputs(40, torch.float32)
+    constant = torch.full_like(v, 3.25)
+    torch.testing.assert_close(library.attend(q, k, constant, MAPS[name]()), constant)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_second_derivative(name: str) -> None:
+    features, x = MAPS[name](), inputs(36, torch.float32)
+
+    def penalty(x: list[Tensor], features: FeatureMap, eager: bool) -> Tensor:
+        q, k, v, _ = x
+        logs = features.logs
+        out = positive.linear(logs(q), logs(k), v) if eager else library.attend(q, k, v, features)
+        (first,) = torch.autograd.grad(out.square().sum(), k, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)[0]
+
+    assert error(penalty(x, features, False), penalty(*in_double(x, features), True)) < 1e-4
+
+
+def test_operators_are_registered_soundly() -> None:
+    q, k, v, _ = inputs(20, torch.float16)
+    arguments = (q, k, v, "exp", None, None, None, (1.0,), (0.0,), 0.0, True)
+    torch.library.opcheck(library._forward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", [n for n, cls in ATTENTION.items() if cls.streams == 3 and "yat" not in n])
+def test_modules_take_their_kernels(name: str) -> None:
+    layer: Attention = ATTENTION[name](32, 2, projections=False).to(DEVICE).half()
+    x = torch.randn(2, 40, 96, device=DEVICE).half()
+    with torch.no_grad():
+        with switch.kernels("eager"):
+            expected = layer(x)
+        with switch.kernels("fused"):
+            if name in ("uniform", "cosformer"):
+                with pytest.raises(UnsupportedError, match=r"choose kernels\('auto'\)"):
+                    layer(x)
+                return
+            found = layer(x)
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda layer, x: layer(x.double()), "float64"),
+        (lambda layer, x: layer(x, torch.ones(2, 1, 1, 20, dtype=torch.bool, device=DEVICE)), "masked"),
+        (lambda layer, x: torch.export.export(layer, (x,)), "exported"),
+    ],
+)
+def test_what_kernels_refuse(call: object, reason: str) -> None:
+    layer = ATTENTION["ela_hadamard"](32, 2, projections=False).to(DEVICE)
+    x = torch.randn(2, 20, 96, device=DEVICE)
+    with switch.kernels("fused"), pytest.raises(Exception, match=reason):
+        call(layer, x)  # type: ignore[operator]
+    with switch.kernels("auto"):
+        call(layer, x)  # type: ignore[operator]
+
+
+def test_plans_depend_on_shapes_and_fit_all_of_them() -> None:
+    for plan in (plan_forward, plan_backward):
+        for tokens in (1, 196, 1000, 4096, 65536):
+            for heads in (1, 6, 384):
+                for half in (False, True):
+                    sizes = plan(tokens, heads, 64, 64, half)
+                    assert sizes.chunks == 1 or sizes.chunks <= tokens // sizes.block  # no chunk is empty
+                    assert plan(tokens, heads, 64, 64, half) == sizes
