@@ -113,3 +113,16 @@ def test_engines() -> None:
     engines = json.loads((ROOT / "results" / "export" / "engines.json").read_text())["engines"]
     built = [row for row in engines if not row["refused"]]
     assert f"{len(built)} of {len(engines)} engines" in README
+
+
+def test_attention_on_a_gpu() -> None:
+    rows = json.loads((ROOT / "results" / "ops" / "h100-ela-hadamard.json").read_text())["rows"]
+    section = README.split("### Attention on a GPU")[1].split("\n### ")[0]
+    shown = re.findall(r"^\| (\d+) \| (.+) \|$", section, re.MULTILINE)
+    assert [int(tokens) for tokens, _ in shown] == sorted({row["tokens"] for row in rows})
+    for tokens, cells in shown:
+        own = [row for row in rows if row["direction"] == "forward" and row["tokens"] == int(tokens) and row["graph"]]
+        fused = next(row for row in own if row["form"] == "fused")
+        best = min((row for row in own if row["mechanism"] == "softmax"), key=lambda row: row["graph"]["median"])
+        ours, theirs = fused["graph"]["median"] * 1e3, best["graph"]["median"] * 1e3
+        assert cells == f"{ours:.0f} | {fused['times_floor']:.2f} | {theirs:.0f} ({best['form']}) | {theirs / ours:.1f}"

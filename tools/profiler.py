@@ -260,17 +260,17 @@ def check_output(path: Path | None) -> None:
 
 
 def publish(title: str, report: Result, grids: Iterable[Grid], path: Path | None) -> None:
-    """Print tables; write the report and what it depends on as JSON, and the tables beside it. The folder is made."""
+    """Write the report and what it depends on as JSON, and tables beside it; print these. The folder is made."""
     grids = list(grids)
+    if path:
+        record = environment()
+        head = [f"# {title}", "", f"`{record['command']}` on {record['device']}, at commit {record['commit']}.", ""]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, json.loads(report.model_dump_json()) | {"environment": record})
+        write_text(path.with_suffix(".md"), "\n".join([*head, *(grid.markdown() for grid in grids)]))
     Console().print(*(grid.rich() for grid in grids))
-    if not path:
-        return
-    record = environment()
-    head = [f"# {title}", "", f"`{record['command']}` on {record['device']}, at commit {record['commit']}.", ""]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, json.loads(report.model_dump_json()) | {"environment": record})
-    write_text(path.with_suffix(".md"), "\n".join([*head, *(grid.markdown() for grid in grids)]))
-    print(f"written: {path}, {path.with_suffix('.md')}")
+    if path:
+        print(f"written: {path}, {path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def packed_like(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def views(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same by PyTorch's own operators."""
+    """Do as :func:`unpack`, by PyTorch's own operators."""
     B, N, _ = x.shape
     q, k, v = [part.reshape(B, N, heads, -1).transpose(1, 2) for part in x.chunk(3, -1)]
     return q, k, v

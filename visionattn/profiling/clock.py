@@ -39,6 +39,11 @@ class Milliseconds(Result):
         return Milliseconds(median=self.median / count, p5=self.p5 / count, p95=self.p95 / count)
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a GPU is the current one, whose stream events are recorded on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def time_in_turns(
     calls: Sequence[Callable[[int], Any]],
     device: torch.device,

@@ -11,6 +11,7 @@ from visionattn.ops import switch
 from visionattn.profiling.clock import peak_memory
 from visionattn.profiling.entrants import Direction, Entrant, apart
 from visionattn.profiling.protocols import deviation
+from visionattn.profiling.steps import reason_of
 
 Sets = Mapping[int, Sequence[tuple[Tensor, Tensor]]]
 """For each number of streams, sets of a packed projection (B, N, streams x dim) and a gradient of the output."""
@@ -93,12 +94,6 @@ class Judge:
         parts = [out, *(apart(grad, entrant.layer.streams) for grad in grads)]
         pairs = zip(parts, self._truth, strict=True)
         return [deviation(part[tuple(map(slice, truth.shape))], truth)[0] for part, truth in pairs]
-
-
-def reason_of(error: Exception) -> str:
-    """Return the first line of an error, in short, with its type."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def _over(error: float, eager: float) -> float:

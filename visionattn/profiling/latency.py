@@ -10,7 +10,6 @@ import gc
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from visionattn.errors import ConfigError
-from visionattn.profiling.clock import Milliseconds, time_in_turns
+from visionattn.profiling.clock import Milliseconds, on, time_in_turns
 from visionattn.profiling.protocols import Number, Result
 from visionattn.profiling.runtimes import (
     TRAINING,
@@ -146,7 +145,7 @@ def measure_latency(sweep: Sweep, conditions: Conditions) -> LatencyReport:
     config: Any = torch._dynamo.config
     rows, sizes = list[LatencyRow](), sweep.sizes or (None,)
     # Models of one class share the cache of their forward's compilations, which is made for a few.
-    with config.patch(recompile_limit=256, accumulated_recompile_limit=2048), _on(conditions.device):
+    with config.patch(recompile_limit=256, accumulated_recompile_limit=2048), on(conditions.device):
         for size, batch in itertools.product(sizes, sweep.batches):
             planned = list(_planned(subjects, runtimes, sweep.train))
             rows += _measure(planned, size, batch, sweep.rounds, conditions)
@@ -206,10 +205,6 @@ def _entered(
 def _timed(entry: _Entry, times: dict[str, Milliseconds]) -> LatencyRow:
     reason = next((attempt.reason for attempt in entry.attempts.values() if attempt.reason), "")
     return entry.row.model_copy(update={"reason": reason, "peak_memory": None} if reason else times)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _forget(device: torch.device) -> None:

@@ -7,7 +7,6 @@ burden there; one that does not fit into memory is a row with a reason.
 import gc
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, ParityError, suggest
 from visionattn.export.network import Request, load_network
-from visionattn.profiling.clock import Milliseconds, peak_memory, time_in_turns
+from visionattn.profiling.clock import Milliseconds, on, peak_memory, time_in_turns
 from visionattn.profiling.protocols import Number, Result, deviation
 from visionattn.profiling.steps import ACCEPTED, DTYPES, Attempt, DType, TrainingStep, device_name, infer
 
@@ -131,7 +130,7 @@ def measure_memory(plan: MemoryPlan) -> MemoryReport:
     if plan.model:
         load_network(Request(plan.model, model_kwargs={"attn_layer": plan.mechanisms[0]}))
     rows: list[MemoryRow] = []
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
+    with on(plan.device):
         for step in plan.steps:
             for size in tqdm(sorted(plan.sizes, key=math.prod), step, disable=None):
                 rows += _at_size(plan, step, size)

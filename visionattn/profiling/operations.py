@@ -14,7 +14,7 @@ import torch
 
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError
-from visionattn.profiling.clock import Floor, Milliseconds, copy_bandwidth, floor, matrix_rate
+from visionattn.profiling.clock import Floor, Milliseconds, copy_bandwidth, floor, matrix_rate, on
 from visionattn.profiling.entrants import FORMS, Direction, Entrant, Form, Shape, entrants, floor_work
 from visionattn.profiling.protocols import Number, Result
 from visionattn.profiling.steps import DTYPES, DType
@@ -143,10 +143,11 @@ def measure_operations(plan: Plan) -> OperationsReport:
         ConfigError: a number is not positive, or there is no such device.
     """
     _check(plan)
-    bandwidth, rate = copy_bandwidth(plan.device), matrix_rate(plan.device, DTYPES[plan.dtype])
     config: Any = torch._dynamo.config
     rows: list[OperationRow] = []
-    with config.patch(recompile_limit=256):  # all mechanisms share the code that is compiled
+    with on(plan.device):
+        bandwidth, rate = copy_bandwidth(plan.device), matrix_rate(plan.device, DTYPES[plan.dtype])
+    with on(plan.device), config.patch(recompile_limit=256):  # all mechanisms share the code that is compiled
         for tokens in plan.tokens:
             rows += _measure(plan, plan.shape(tokens), partial(floor, bandwidth=bandwidth, rate=rate))
             _forget(plan.device)

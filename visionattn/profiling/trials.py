@@ -13,10 +13,14 @@ from tqdm import tqdm
 
 from visionattn.profiling.clock import Graphed, Milliseconds, time_in_turns
 from visionattn.profiling.entrants import Direction, Entrant, Shape
-from visionattn.profiling.judge import Judge, Sets, Verdict, reason_of
+from visionattn.profiling.judge import Judge, Sets, Verdict
+from visionattn.profiling.steps import reason_of
 
 ROTATED, MOST_SETS = 100e6, 256
 """Bytes of inputs that calls rotate through, more than a cache holds; and sets of inputs at most."""
+
+DISTURBED = 1.1
+"""A graph does what calls do without their launches: of one that takes so many times longer nothing is concluded."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ def try_all(shape: Shape, direction: Direction, starters: Sequence[Entrant], rou
     fit = [entrant for entrant, verdict in verdicts.items() if verdict.reason is None]
     calls = _call_by_call(fit, direction, sets, shape.device, rounds)
     graphs, refused = _graphed(fit, direction, sets, shape.device, rounds)
+    for entrant in [e for e, graph in graphs.items() if graph.median > DISTURBED * calls[e].median]:
+        refused[entrant] = "no graph: it took longer than calls from Python, so something else had the device"
+        del graphs[entrant]
     return [
         Trial(verdict, graphs.get(entrant), calls.get(entrant), verdict.reason or refused.get(entrant))
         for entrant, verdict in verdicts.items()

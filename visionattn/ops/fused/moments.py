@@ -24,7 +24,7 @@ The launches are those of :mod:`visionattn.ops.fused.positive`.
 import triton
 import triton.language as tl
 
-from visionattn.ops.fused.tiles import arrive, load_rows, span, store_rows, wait_for
+from visionattn.ops.fused.tiles import arrive, load_rows, place, span, store_rows, wait_for
 
 SUM: tl.constexpr = tl.constexpr(0)
 DIFF: tl.constexpr = tl.constexpr(1)
@@ -241,12 +241,12 @@ def forward(
     else:
         answers = item >= fillers
         if answers:
-            item -= fillers
-            head = item // readers
-            start, stop = span(item % readers, readers, tokens, QUERY_BLOCK)
+            head, part = place(item - fillers, heads, readers)
+            start, stop = span(part, readers, tokens, QUERY_BLOCK)
         else:
-            head = item // chunks
-            start, stop = span(item % chunks, chunks, tokens, BLOCK)
+            head, part = place(item, heads, chunks)
+            start, stop = span(part, chunks, tokens, BLOCK)
+            item = head * chunks + part
     b, h = (head // heads).to(tl.int64), head % heads
     q += b * sqb + h * sqh
     k += b * skb + h * skh
@@ -275,7 +275,6 @@ def forward(
         )
         _write(parts, item, matrix, row, value, pull, single, D, E)
         if arrive(flags + head) == chunks - 1:
-            tl.debug_barrier()
             matrix, row, value, pull, single = _joined(parts, head, chunks, D, E)
             matrix, row, value, pull, single = _finished(matrix, row, value, pull, single, near, origin, tokens, MAP)
             _write(state, head, matrix, row, value, pull, single, D, E)
@@ -417,12 +416,12 @@ def backward(
     else:
         answers = item >= fillers
         if answers:
-            item -= fillers
-            head = item // readers
-            start, stop = span(item % readers, readers, tokens, BLOCK)
+            head, part = place(item - fillers, heads, readers)
+            start, stop = span(part, readers, tokens, BLOCK)
         else:
-            head = item // chunks
-            start, stop = span(item % chunks, chunks, tokens, BLOCK)
+            head, part = place(item, heads, chunks)
+            start, stop = span(part, chunks, tokens, BLOCK)
+            item = head * chunks + part
     b, h = (head // heads).to(tl.int64), head % heads
     q += b * sqb + h * sqh
     k += b * skb + h * skh
@@ -455,7 +454,6 @@ def backward(
             WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P)  # fmt: skip
         _write(parts, item, dmatrix, drow, dvalue, dpull, dsingle, D, E)
         if arrive(flags + head) == chunks - 1:
-            tl.debug_barrier()
             dmatrix, drow, dvalue, dpull, dsingle = _joined(parts, head, chunks, D, E)
             dmatrix, drow, dvalue, dpull, dsingle = _turned(
                 dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP

@@ -1,4 +1,4 @@
-"""How a kernel is launched: a function of shapes and types alone, so that sums are the same on every machine.
+"""How a kernel is launched: a function of shapes and types alone, so that sums have one order on every machine.
 
 The sizes were found by measurement on an H100; results/ops has what they reach.
 """
@@ -6,7 +6,7 @@ The sizes were found by measurement on an H100; results/ops has what they reach.
 from typing import NamedTuple
 
 SLOTS = 264
-"""Programs that a large GPU runs at once; fewer heads than that are split."""
+"""Programs that a large GPU runs at once: where heads are fewer than half of that, they are split."""
 
 
 class Plan(NamedTuple):
@@ -66,7 +66,7 @@ def plan_moments_backward(tokens: int, heads: int) -> Plan:
 
 
 def _chunks(tokens: int, heads: int, whole: int) -> int:
-    """Return 1 for up to 512 tokens, or up to ``whole`` of them where heads are many, and else parts of 256 or more."""
+    """Return 1 for up to 512 tokens, or up to ``whole`` of them where heads are many, else parts of about 256 or more."""
     if tokens <= 512 or (tokens <= whole and 2 * heads >= SLOTS):
         return 1
     return max(-(-tokens // 1024), min(-(-SLOTS // heads), -(-tokens // 256)))

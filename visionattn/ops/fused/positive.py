@@ -244,6 +244,7 @@ def _keep(slots_out, top_out, mass_out, level_out, head, top, mass, slots, prior
           F: tl.constexpr, E: tl.constexpr, SAVE: tl.constexpr):  # fmt: skip
     """Store a head's state; return the slots as stored and the logarithm of their mass, the prior included."""
     f, e = tl.arange(0, F), tl.arange(0, E)
+    head = head.to(tl.int64)
     slots = (slots / mass[:, None]).to(slots_out.dtype.element_ty)
     level = tl.where(f < FEATURES, top + tl.log2(mass) + prior, NEVER)
     if SAVE:
@@ -327,7 +328,6 @@ def forward(
         mean = (slots / mass[:, None]).to(parts.dtype.element_ty)
         tl.store(parts + (item * F + f[:, None]) * E + e[None, :], mean)
         if arrive(flags + head) == chunks - 1:
-            tl.debug_barrier()
             top, mass, slots = _join(parts, tops, masses, head, chunks, F, E)
             _keep(slots_out, top_out, mass_out, level_out, head, top, mass, slots, prior, FEATURES, F, E, True)
             arrive(flags + head)
@@ -519,7 +519,6 @@ def backward(
         tl.store(pulls + item * F + f, pull)
         tl.store(parts + (item * E + e[:, None]) * F + f[None, :], turned)
         if arrive(flags + head) == chunks - 1:
-            tl.debug_barrier()
             turned = tl.zeros([E, F], tl.float32)
             pull = tl.zeros([F], tl.float32)
             for index in range(chunks):

@@ -58,7 +58,7 @@ def load_matrix(base, head, rows, width, R: tl.constexpr, D: tl.constexpr):
     """Load the head's matrix of a contiguous (heads, rows, width) as (R, D), zeros outside."""
     r, d = tl.arange(0, R), tl.arange(0, D)
     inside = (r[:, None] < rows) & (d[None, :] < width)
-    return tl.load(base + (head * rows + r[:, None]) * width + d[None, :], mask=inside, other=0.0)
+    return tl.load(base + (head.to(tl.int64) * rows + r[:, None]) * width + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -77,9 +77,11 @@ def span(part, parts, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def arrive(flag):
-    """Count this program in, after all that it wrote; return how many were in before."""
+    """Count this program in, after all that it wrote; return how many were in before, whose writing is seen then."""
     tl.debug_barrier()
-    return tl.atomic_add(flag, 1, sem="acq_rel")
+    before = tl.atomic_add(flag, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before
 
 
 @triton.jit
