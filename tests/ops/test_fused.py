@@ -154,10 +154,40 @@ def test_modules_take_their_kernels(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
 
 
+def test_what_is_not_finite_stays_in_its_image() -> None:
+    q, k, v, g = inputs(60, torch.float32)
+    features = FeatureMap("exp")
+    alone = everything([x[1:] for x in (q, k, v, g)], features, False)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[0] = float("nan")
+    for both, one in zip(everything([q, k, v, g], features, False), alone, strict=True):
+        assert torch.equal(both[1:], one)
+
+
+def test_gradient_of_queries_that_are_the_keys() -> None:
+    q, _, v, g = inputs(40, torch.float32)
+    out = library.attend(q, q, v, FeatureMap("exp"))
+    (plain,) = torch.autograd.grad(out, q, g.detach(), retain_graph=True)
+    (differentiable,) = torch.autograd.grad(out, q, g.detach(), create_graph=True)
+    torch.testing.assert_close(differentiable, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_takes_the_formula() -> None:
+    layer = ATTENTION["ela_hadamard"](32, 2, projections=False).to(DEVICE)
+    x, direction = torch.randn(2, 1, 9, 96, device=DEVICE)
+    with switch.kernels("eager"):
+        expected = torch.func.jvp(layer, (x,), (direction,))[1]
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (direction,))[1], expected)
+    with switch.kernels("fused"), pytest.raises(UnsupportedError, match=r"torch\.func"):
+        torch.func.jvp(layer, (x,), (direction,))
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (lambda layer, x: layer(x.double()), "float64"),
+        (lambda layer, x: layer.fuse(*torch.randn(2, 1, 2, 9, 16, device=DEVICE), torch.randn(1, 1, 9, 16)), "values"),
         (lambda layer, x: layer(x, torch.ones(2, 1, 1, 20, dtype=torch.bool, device=DEVICE)), "masked"),
         (lambda layer, x: torch.export.export(layer, (x,)), "exported"),
     ],

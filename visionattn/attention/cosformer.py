@@ -51,14 +51,9 @@ class CosformerAttention(PositiveAttention):
     ) -> Tensor:
         positions = self.positions(q.shape[-2], grid, q.device)
         q, k = cosformer.log_features(q, positions), cosformer.log_features(k, positions)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            mixed = self.try_fused(q, k, v, attn_mask is not None, is_causal)
-            if mixed is not None:
-                return mixed
+        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
+            fused.refuse("there is none for this mechanism over all tokens")
         return self.run(q, k, v, key_mask(attn_mask), is_causal)
-
-    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_causally(q, k, v)
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self.axes != 1 or not self.max_tokens:

@@ -67,8 +67,8 @@ class DarkAttention(RandomFeatures, PositiveAttention):
         return performer.exponential_log_features(self.warp(x), self.draws)
 
     def fused_map(self) -> FeatureMap:
-        one = torch.eye(self.head_dim, dtype=self.shift.dtype, device=self.shift.device)
-        return softmax_features(self.draws, one + self.shift)
+        one = torch.eye(self.head_dim, device=self.shift.device)
+        return softmax_features(self.draws, one + self.shift.float())
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         a, b = self.log_features(q), self.log_features(k)

@@ -61,29 +61,20 @@ class LinearAttention(Attention):
         is_causal: bool,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            mixed = self.try_fused(q, k, v, attn_mask is not None, is_causal)
+        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
+            mixed = self.fuse(q, k, v) if attn_mask is None else fused.refuse("tokens are masked")
             if mixed is not None:
                 return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
 
     @torch.jit.unused
-    def try_fused(self, q: Tensor, k: Tensor, v: Tensor, masked: bool, is_causal: bool) -> Tensor | None:
-        """Attend by a fused kernel, or return None where the eager formula is to be taken."""
-        if masked:
-            fused.refuse("tokens are masked")
-            return None
-        return self.fuse_causal(q, k, v) if is_causal else self.fuse(q, k, v)
-
     def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Attend over all tokens likewise."""
-        fused.refuse("there is none for this mechanism")
-        return None
+        """Attend over all tokens by a fused kernel, or return None where the eager formula is to be taken."""
+        return fused.refuse("there is none for this mechanism")
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Attend to the tokens before each likewise."""
-        fused.refuse("there is none for this mechanism with is_causal=True")
-        return None
+        """Attend to the tokens before each, from what the family takes, likewise."""
+        return fused.refuse("there is none for this mechanism with is_causal=True")
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, is_causal: bool) -> Tensor:
         """Mix the values over all tokens or over those before each, from what the family takes."""
@@ -92,7 +83,8 @@ class LinearAttention(Attention):
     @torch.jit.unused
     def causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         """Mix the values over the tokens before each, from what the family takes; not in TorchScript."""
-        return scan.causal(self.family(), q, k, v, keep)
+        mixed = self.fuse_causal(q, k, v) if keep is None else fused.refuse("tokens are masked")
+        return scan.causal(self.family(), q, k, v, keep) if mixed is None else mixed
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
         return scan.step(self.family(), self.queries(q), self.keys(k), v, state)
@@ -125,7 +117,7 @@ class PositiveAttention(LinearAttention):
         return fused.attend_positive(q, k, v, self.fused_map())
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_causally(self.queries(q), self.keys(k), v)
+        return fused.attend_causally(q, k, v)
 
 
 class SignedAttention(LinearAttention):

@@ -120,9 +120,7 @@ class SlayAttention(RandomFeatures, LinearAttention):
         return attend_positive(q, k, v, features)
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if not self.positive:
-            return super().fuse_causal(q, k, v)
-        return attend_causally(self.queries(q), self.keys(k), v)
+        return attend_causally(q, k, v) if self.positive else super().fuse_causal(q, k, v)
 
     def square_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """The estimate of x^2 of all pairs, (B, H, N, N)."""

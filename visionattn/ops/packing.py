@@ -4,14 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def unpack(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of a packed projection, (B, N, 3 H D) to (B, H, N, D) each, as views."""
-    if torch.is_grad_enabled() and x.requires_grad and x.is_cuda and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()  # type: ignore[no-untyped-call, attr-defined]
+    if torch.is_grad_enabled() and x.requires_grad and x.is_cuda and not plain:
         q, k, v = _Unpack.apply(x, heads)
         return q, k, v
     return views(x, heads)
+
+
+def transformed() -> bool:
+    """Say whether torch.func or forward-mode differentiation is at work, which our operators know nothing of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def packed_like(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,8 @@ def path() -> Path:
 def kernels(path: Path) -> Iterator[None]:
     """Choose how attention is computed, in all threads, within a ``with`` block.
 
+    A backward pass that computes a forward pass anew (activation checkpointing) belongs in the same block.
+
     Args:
         path: ``auto``: by fused kernels where there are some for the mechanism, the device and the inputs, by eager
             formulas elsewhere. ``fused``: by fused kernels, or not at all. ``eager``: by eager formulas.

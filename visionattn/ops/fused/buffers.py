@@ -1,9 +1,16 @@
-"""Memory for what kernels write."""
+"""Memory for what kernels write, and what surrounds their calls."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from visionattn.ops.packing import packed_like
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,3 +39,26 @@ def gradients_like(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = 
     if dtype is None and q.shape == v.shape and q.dtype == k.dtype == v.dtype:
         return packed_like(q)
     return gradient_like(q, dtype), gradient_like(k, dtype), gradient_like(v)
+
+
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the device of the first argument the current one, on whose stream Triton launches."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave autocast in a backward function, which may be called within it; the forward one has left it."""
+
+    @wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return precise

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionattn.ops import positive, scan
 from visionattn.ops.fused import causal as kernels
-from visionattn.ops.fused.buffers import gradient_like, output_like
+from visionattn.ops.fused.buffers import full_precision, gradient_like, on_device, output_like
 
 
 def attend_causal(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ def plan(a: Tensor, v: Tensor) -> Plan:
 
 
 @torch.library.custom_op("visionattn::causal", mutates_args=())
+@on_device
 def _forward(a: Tensor, b: Tensor, v: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, _ = v.shape
     sizes = plan(a, v)
@@ -90,6 +91,7 @@ def _forward_shapes(a: Tensor, b: Tensor, v: Tensor, save: bool) -> Any:
 
 
 @torch.library.custom_op("visionattn::causal_backward", mutates_args=())
+@on_device
 def _backward(
     a: Tensor, b: Tensor, v: Tensor, do: Tensor, o: Tensor, peaks: Tensor, totals: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,10 +138,11 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     a, b, v, save = inputs
     o, wide, peaks, totals = output
     if save:
-        ctx.save_for_backward(a, b, v, (wide if len(wide) else o).transpose(1, 2), peaks, totals)
+        ctx.save_for_backward(a, b, v, wide if len(wide) else o, peaks, totals)
     ctx.set_materialize_grads(False)
 
 
+@full_precision
 def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if do is None:
         return None, None, None, None
@@ -147,7 +150,8 @@ def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     do = do.transpose(1, 2)
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
         return *_eager_gradients(a, b, v, do), None
-    return *_backward(a, b, v, do, *rest), None
+    o, peaks, totals = rest
+    return *_backward(a, b, v, do, o.transpose(1, 2), peaks, totals), None
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
@@ -155,7 +159,7 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 
 def _eager_gradients(a: Tensor, b: Tensor, v: Tensor, do: Tensor) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    inputs = [a, b, v]
+    inputs = a, b, v = [x.view_as(x) for x in (a, b, v)]  # one may depend on another
     o = scan.causal(positive, a, b, v)
     found = iter(torch.autograd.grad(o, [x for x in inputs if x.requires_grad], do, create_graph=True))
     return [next(found) if x.requires_grad else None for x in inputs]

@@ -13,13 +13,17 @@ from torch import Tensor
 from visionattn.errors import UnsupportedError
 from visionattn.ops import switch
 from visionattn.ops.fused.maps import FeatureMap
+from visionattn.ops.packing import transformed
 
 TRITON = find_spec("triton") is not None
 
 MAX_FEATURES, MAX_WIDTH, MAX_PROJECTED_WIDTH, MAX_MOMENTS_WIDTH = 256, 128, 64, 64
+MAX_ANCHORS = 16
 
-SHARED_MEMORY = {"random": 155_000, "warped": 205_000, "sphere": 168_000}
-"""Bytes a program needs to differentiate maps with projections."""
+SHARED_MEMORY = {"wide": 132_000, "random": 155_000, "warped": 205_000, "sphere": 168_000}
+"""Bytes a program needs: of heads wider than 64, and of maps with projections; ``LEAST`` of all others."""
+
+LEAST = 99_000
 
 
 def attend_positive(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap | None) -> Tensor | None:
@@ -55,13 +59,14 @@ def attend_causally(a: Tensor, b: Tensor, v: Tensor) -> Tensor | None:
     return attend_causal(a, b, v)
 
 
-def refuse(reason: str) -> None:
-    """Let the eager formula be taken for a reason.
+def refuse(reason: str) -> Tensor | None:
+    """Return None, for the eager formula to be taken for a reason.
 
     Raises:
         UnsupportedError: the switch is on ``fused``.
     """
     _chosen(reason)
+    return None
 
 
 def _chosen(refusal: str | None) -> bool:
@@ -77,13 +82,18 @@ def _refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "Triton is not installed"
     if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
         return f"the inputs are on {q.device.type}, and kernels run on cuda"
+    if not torch.compiler.is_compiling() and transformed():
+        return "torch.func or forward-mode differentiation is at work"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return "the network is being exported"
     if any(x.dtype not in (torch.float16, torch.bfloat16, torch.float32) for x in (q, k, v)):
         return f"the inputs are {q.dtype}, {k.dtype}, {v.dtype}; kernels take float16, bfloat16, float32"
-    if min(q.numel(), k.numel(), v.numel()) == 0 or q.shape != k.shape:
-        return f"there are queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)}"
-    return None
+    if q.dtype != k.dtype or q.device != k.device or q.device != v.device:
+        return f"queries are {q.dtype} on {q.device}, keys {k.dtype} on {k.device}, values on {v.device}"
+    if q.dim() != 4 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1] or min(q.numel(), v.numel()) == 0:
+        shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}"
+        return f"there are {shapes}; kernels take (B, H, N, D) twice and (B, H, N, E), none of them empty"
+    return _memory_refusal(q, SHARED_MEMORY["wide"] if max(q.shape[-1], v.shape[-1]) > 64 else LEAST)
 
 
 def _map_refusal(q: Tensor, v: Tensor, features: FeatureMap | None) -> str | None:
@@ -98,10 +108,14 @@ def _map_refusal(q: Tensor, v: Tensor, features: FeatureMap | None) -> str | Non
         return f"it has {features.features(q.shape[-1])} features a head, and kernels take {MAX_FEATURES}"
     if q.dtype == torch.float32:
         return "kernels with projections take half precision, and queries are float32"
-    need = SHARED_MEMORY["warped" if features.warp is not None else features.kind]
-    if q.is_cuda and (room := _shared_memory(q.device)) < need:
-        return f"a program needs {need} bytes of shared memory, and the GPU has {room}"
-    return None
+    if features.bank is not None and len(features.bank) > MAX_ANCHORS:
+        return f"it has {len(features.bank)} anchors, and kernels take {MAX_ANCHORS}"
+    return _memory_refusal(q, SHARED_MEMORY["warped" if features.warp is not None else features.kind])
+
+
+def _memory_refusal(q: Tensor, need: int) -> str | None:
+    room = _shared_memory(q.device) if q.is_cuda else need
+    return f"a program needs {need} bytes of shared memory, and the GPU has {room}" if room < need else None
 
 
 def _width_refusal(q: Tensor, v: Tensor, limit: int) -> str | None:

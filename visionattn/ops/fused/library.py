@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
-from visionattn.ops.fused.buffers import gradients_like, output_like
+from visionattn.ops.fused.buffers import full_precision, gradients_like, on_device, output_like
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.plan import plan_backward, plan_forward
 
@@ -42,6 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap) -> Tensor:
 
 
 @torch.library.custom_op("visionattn::positive", mutates_args=())
+@on_device
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -98,6 +99,7 @@ def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, kind: str, draws: Any, bank
 
 
 @torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
+@on_device
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -155,6 +157,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.set_materialize_grads(False)
 
 
+@full_precision
 def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     q, k, v, draws, bank, warp, *state = ctx.saved_tensors
     features = FeatureMap(ctx.kind, draws, bank, warp, tuple(ctx.gains), tuple(ctx.priors), ctx.square)
@@ -181,6 +184,8 @@ def _eager_gradients(
     q: Tensor, k: Tensor, v: Tensor, warp: Tensor | None, do: Tensor, features: FeatureMap
 ) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
+    q, k, v = (x.view_as(x) for x in (q, k, v))  # one may depend on another
+    features = features._replace(warp=warp)
     inputs = [q, k, v, warp]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     o = positive.linear(features.logs(q), features.logs(k), v)

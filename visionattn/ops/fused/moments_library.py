@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visionattn.ops import distance, ela_direction, signed
 from visionattn.ops.fused import moments as kernels
-from visionattn.ops.fused.buffers import gradients_like, output_like
+from visionattn.ops.fused.buffers import full_precision, gradients_like, on_device, output_like
 from visionattn.ops.fused.plan import Plan, plan_moments, plan_moments_backward
 
 KINDS = {"sum": kernels.SUM, "diff": kernels.DIFF, "direction": kernels.DIRECTION}
@@ -35,6 +35,7 @@ def attend_moments(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
 
 
 @torch.library.custom_op("visionattn::moments", mutates_args=())
+@on_device
 def _forward(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
     B, H, N, _ = q.shape
     D, E = _padded(q, v)
@@ -68,6 +69,7 @@ def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> A
 
 
 @torch.library.custom_op("visionattn::moments_backward", mutates_args=("dq", "dk", "dv"))
+@on_device
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, state: Tensor, kind: str, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
@@ -98,6 +100,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
+@full_precision
 def _gradients(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     q, k, v, state = ctx.saved_tensors
     if do is None:
@@ -115,7 +118,7 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 
 def _eager_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, kind: str) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    inputs = q, k, v
+    inputs = q, k, v = [x.view_as(x) for x in (q, k, v)]  # one may depend on another
     wanted = [x for x in inputs if x.requires_grad]
     if kind == "direction":
         o = signed.linear(ela_direction.query_features(q), ela_direction.key_features(k), v)

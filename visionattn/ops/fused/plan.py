@@ -66,7 +66,7 @@ def plan_moments_backward(tokens: int, heads: int) -> Plan:
 
 
 def _chunks(tokens: int, heads: int, whole: int) -> int:
-    """Return 1 for up to 512 tokens, or up to ``whole`` of them where heads are many, else parts of about 256 or more."""
+    """Return 1 for up to 512 tokens, or up to ``whole`` of them where heads are many, else parts of 256 or so."""
     if tokens <= 512 or (tokens <= whole and 2 * heads >= SLOTS):
         return 1
     return max(-(-tokens // 1024), min(-(-SLOTS // heads), -(-tokens // 256)))

@@ -205,7 +205,7 @@ def _join(parts, tops, masses, head, chunks, F: tl.constexpr, E: tl.constexpr):
             share = tl.load(masses + at * F + f, mask=known, other=0.0)
             share *= tl.exp2(tl.load(tops + at * F + f, mask=known, other=NEVER) - top)
             mass += share
-            slots += share[:, None] * load_matrix(parts, tl.where(known, at, 0), F, E, F, E)
+            slots += share[:, None] * load_matrix(parts, tl.where(known, at, head * chunks), F, E, F, E)
     return top, mass, slots
 
 

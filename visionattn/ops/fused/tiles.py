@@ -18,7 +18,8 @@ def inside_tile(at, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.conste
 def load_rows(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
           EDGE: tl.constexpr):  # fmt: skip
     """Load rows of (tokens, WIDTH) as (BLOCK, D), zeros outside."""
-    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    base += tl.full((), at, tl.int64) * stride_n
+    n, d = tl.arange(0, BLOCK), tl.arange(0, D)
     places = base + n[:, None] * stride_n + d[None, :] * stride_d
     if EDGE or WIDTH < D:
         tile = tl.load(places, mask=inside_tile(at, stop, WIDTH, BLOCK, D, EDGE), other=0.0)
@@ -31,7 +32,8 @@ def load_rows(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl
 def load_columns(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
              EDGE: tl.constexpr):  # fmt: skip
     """Load rows of (tokens, WIDTH) as columns, (D, BLOCK), zeros outside."""
-    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    base += tl.full((), at, tl.int64) * stride_n
+    n, d = tl.arange(0, BLOCK), tl.arange(0, D)
     places = base + n[None, :] * stride_n + d[:, None] * stride_d
     if EDGE or WIDTH < D:
         tile = tl.load(places, mask=tl.trans(inside_tile(at, stop, WIDTH, BLOCK, D, EDGE)), other=0.0)
@@ -44,7 +46,8 @@ def load_columns(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK:
 def store_rows(base, value, at, stop, stride_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
            EDGE: tl.constexpr):  # fmt: skip
     """Store (BLOCK, D) as rows of (tokens, WIDTH)."""
-    n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
+    base += tl.full((), at, tl.int64) * stride_n
+    n, d = tl.arange(0, BLOCK), tl.arange(0, D)
     places = base + n[:, None] * stride_n + d[None, :]
     value = value.to(base.dtype.element_ty)
     if EDGE or WIDTH < D:
