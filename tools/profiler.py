@@ -11,7 +11,7 @@ python tools/profiler.py compare results/ops/before.json results/ops/after.json 
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +42,7 @@ from visionattn.profiling import (
 from visionattn.profiling.entrants import FORMS, Form
 from visionattn.profiling.operations import MECHANISMS, TOKENS
 from visionattn.profiling.plots import draw_memory, draw_operations
-from visionattn.profiling.protocols import Result
+from visionattn.profiling.protocols import Keep, Result, keep_nothing
 from visionattn.profiling.steps import DTYPES, DType, device_of
 from visionattn.profiling.tables import (
     Grid,
@@ -135,7 +135,7 @@ def model(
     calibration = Calibration(calibration_images(calibrate, 32), tolerance=math.inf) if calibrate else None
     conditions = Conditions(device_of(device), known_dtype(precision), threads, calibration, trust_weights)
     sweep = Sweep(weights, attention or (), runtime or (), sizes_of(imgsz), batch or (1,), train, rounds)
-    report = measure_latency(sweep, conditions)
+    report = measure_latency(sweep, conditions, journal(output))
     publish("Latency", report, latency_grids(report), output)
 
 
@@ -168,7 +168,7 @@ def memory(
         train,
         rounds,
     )
-    report = measure_memory(plan)
+    report = measure_memory(plan, journal(output))
     publish("Memory against resolution", report, memory_grids(report), output)
     if output:
         draw_memory(report, output.with_suffix(".png"))
@@ -211,7 +211,7 @@ def ops(
         known_dtype(dtype),
         *(features, device_of(device), rounds),
     )
-    report = measure_operations(plan)
+    report = measure_operations(plan, journal(output))
     publish("Attention operations", report, operation_grids(report), output)
     if output:
         draw_operations(report, output.with_suffix(".png"))
@@ -259,6 +259,24 @@ def check_output(path: Path | None) -> None:
         raise ConfigError(f"--output {path} is no .json file; tables are written beside it, as {path.stem}.md")
 
 
+def partial_of(path: Path) -> Path:
+    """Return where rows are written until a report is whole."""
+    return path.with_suffix(".partial.json")
+
+
+def journal(path: Path | None) -> Keep:
+    """Return what writes the rows so far, for a run that is cut short."""
+    if not path:
+        return keep_nothing
+
+    def keep(rows: Sequence[Result]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [json.loads(row.model_dump_json()) for row in rows]
+        write_json(partial_of(path), {"rows": kept, "environment": environment()})
+
+    return keep
+
+
 def publish(title: str, report: Result, grids: Iterable[Grid], path: Path | None) -> None:
     """Write the report and what it depends on as JSON, and tables beside it; print these. The folder is made."""
     grids = list(grids)
@@ -268,6 +286,7 @@ def publish(title: str, report: Result, grids: Iterable[Grid], path: Path | None
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, json.loads(report.model_dump_json()) | {"environment": record})
         write_text(path.with_suffix(".md"), "\n".join([*head, *(grid.markdown() for grid in grids)]))
+        partial_of(path).unlink(missing_ok=True)
     Console().print(*(grid.rich() for grid in grids))
     if path:
         print(f"written: {path}, {path.with_suffix('.md')}")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from visionattn.attention import ATTENTION
 from visionattn.attention.ela_hadamard import ElaHadamardAttention
 from visionattn.errors import ConfigError, UnknownNameError
-from visionattn.profiling import OperationsReport, Plan, measure_operations
+from visionattn.profiling import OperationsReport, Plan, measure_operations, operations
 from visionattn.profiling.clock import Milliseconds
 from visionattn.profiling.entrants import Shape, entrants, floor_work
 from visionattn.profiling.judge import Judge, Verdict
@@ -198,3 +198,27 @@ def test_on_a_gpu_by_graph_and_by_call() -> None:
         assert row.graph is not None
         assert row.call is not None
         assert row.peak_memory
+
+
+def test_what_is_cut_short_leaves_its_rows(
+    profiler: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "ops.json"
+    measured = operations._measure
+
+    def cut(plan: Plan, shape: Shape, floor_of: object) -> object:
+        if shape.tokens == 24:
+            raise KeyboardInterrupt
+        return measured(plan, shape, floor_of)
+
+    monkeypatch.setattr(operations, "_measure", cut)
+    small = ["--device", "cpu", "--heads", "2", "--head-dim", "8", "--dtype", "fp32", "--rounds", "2", "--total", "32"]
+    chosen = ["--mechanism", "elu", "--forms", "eager", "--tokens", "16", "--tokens", "24", "--direction", "forward"]
+    command = ["ops", *small, *chosen, "--output", str(output)]
+    assert CliRunner().invoke(profiler.app, command).exit_code != 0
+    assert not output.exists()
+    kept = json.loads((tmp_path / "ops.partial.json").read_text())
+    assert {row["tokens"] for row in kept["rows"]} == {16}
+    monkeypatch.setattr(operations, "_measure", measured)
+    assert CliRunner().invoke(profiler.app, command).exit_code == 0
+    assert not (tmp_path / "ops.partial.json").exists()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from visionattn.errors import ConfigError
 from visionattn.profiling.clock import Milliseconds, on, time_in_turns
-from visionattn.profiling.protocols import Number, Result
+from visionattn.profiling.protocols import Keep, Number, Result, keep_nothing
 from visionattn.profiling.runtimes import (
     TRAINING,
     Conditions,
@@ -119,7 +119,7 @@ class _Entry:
     attempts: dict[str, Attempt]
 
 
-def measure_latency(sweep: Sweep, conditions: Conditions) -> LatencyReport:
+def measure_latency(sweep: Sweep, conditions: Conditions, keep: Keep = keep_nothing) -> LatencyReport:
     """Time models in several runtimes.
 
     For a size and a batch, all are loaded first; then every round times each of them once, forward and end to end, in a
@@ -130,6 +130,7 @@ def measure_latency(sweep: Sweep, conditions: Conditions) -> LatencyReport:
     Args:
         sweep: what.
         conditions: how, all alike.
+        keep: takes the rows so far.
 
     Raises:
         ConfigError: a runtime is unknown, unsuitable or not calibrated; nothing can be trained.
@@ -149,6 +150,7 @@ def measure_latency(sweep: Sweep, conditions: Conditions) -> LatencyReport:
         for size, batch in itertools.product(sizes, sweep.batches):
             planned = list(_planned(subjects, runtimes, sweep.train))
             rows += _measure(planned, size, batch, sweep.rounds, conditions)
+            keep(rows)
             _forget(conditions.device)
     return LatencyReport(threads=torch.get_num_threads(), rounds=sweep.rounds, rows=rows)
 

@@ -18,7 +18,7 @@ from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, ParityError, suggest
 from visionattn.export.network import Request, load_network
 from visionattn.profiling.clock import Milliseconds, on, peak_memory, time_in_turns
-from visionattn.profiling.protocols import Number, Result, deviation
+from visionattn.profiling.protocols import Keep, Number, Result, deviation, keep_nothing
 from visionattn.profiling.steps import ACCEPTED, DTYPES, Attempt, DType, TrainingStep, device_name, infer
 
 DIM, HEADS, PATCH = 384, 6, 16
@@ -121,7 +121,7 @@ class _Subject:
     loss: Callable[[Tensor], Tensor]
 
 
-def measure_memory(plan: MemoryPlan) -> MemoryReport:
+def measure_memory(plan: MemoryPlan, keep: Keep = keep_nothing) -> MemoryReport:
     """Measure mechanisms at all sizes: at each, all are loaded first, then timed in turns.
 
     Raises:
@@ -134,6 +134,7 @@ def measure_memory(plan: MemoryPlan) -> MemoryReport:
         for step in plan.steps:
             for size in tqdm(sorted(plan.sizes, key=math.prod), step, disable=None):
                 rows += _at_size(plan, step, size)
+                keep(rows)
                 gc.collect()
                 if plan.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -16,8 +16,8 @@ from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError
 from visionattn.profiling.clock import Floor, Milliseconds, copy_bandwidth, floor, matrix_rate, on
 from visionattn.profiling.entrants import FORMS, Direction, Entrant, Form, Shape, entrants, floor_work
-from visionattn.profiling.protocols import Number, Result
-from visionattn.profiling.steps import DTYPES, DType
+from visionattn.profiling.protocols import Keep, Number, Result, keep_nothing
+from visionattn.profiling.steps import DTYPES, DType, device_name
 from visionattn.profiling.trials import Trial, difference, try_all
 
 MECHANISMS = (
@@ -115,6 +115,7 @@ class OperationsReport(Result):
     """All rows, and what they depend on.
 
     Attributes:
+        device: ``cpu``, or the name of the GPU.
         dtype: of inputs and outputs.
         heads: H.
         head_dim: D.
@@ -125,6 +126,7 @@ class OperationsReport(Result):
         rows: see :class:`OperationRow`.
     """
 
+    device: str
     dtype: str
     heads: int
     head_dim: int
@@ -135,8 +137,8 @@ class OperationsReport(Result):
     rows: list[OperationRow]
 
 
-def measure_operations(plan: Plan) -> OperationsReport:
-    """Measure attention operations in turns; one that fails is a row with a reason.
+def measure_operations(plan: Plan, keep: Keep = keep_nothing) -> OperationsReport:
+    """Measure attention operations in turns; one that fails when it is checked or captured is a row with a reason.
 
     Raises:
         UnknownNameError: a mechanism is not registered.
@@ -150,8 +152,10 @@ def measure_operations(plan: Plan) -> OperationsReport:
     with on(plan.device), config.patch(recompile_limit=256):  # all mechanisms share the code that is compiled
         for tokens in plan.tokens:
             rows += _measure(plan, plan.shape(tokens), partial(floor, bandwidth=bandwidth, rate=rate))
+            keep(rows)
             _forget(plan.device)
     return OperationsReport(
+        device=device_name(plan.device),
         dtype=plan.dtype,
         heads=plan.heads,
         head_dim=plan.head_dim,

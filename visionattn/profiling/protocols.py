@@ -2,7 +2,7 @@
 
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -23,6 +23,14 @@ class Result(BaseModel):
     """Base of what is measured: as JSON, what is not a number is null."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+
+Keep = Callable[[Sequence[Result]], None]
+"""Takes the rows so far, after every size that is measured: what a run that is cut short leaves."""
+
+
+def keep_nothing(rows: Sequence[Result]) -> None:
+    """Leave no rows."""
 
 
 Number = Annotated[float, AfterValidator(lambda x: float(f"{x:.5g}"))]
