@@ -1,6 +1,6 @@
 """Memory for what kernels write, and what surrounds their calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,6 +39,18 @@ def gradients_like(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = 
     if dtype is None and q.shape == v.shape and q.dtype == k.dtype == v.dtype:
         return packed_like(q)
     return gradient_like(q, dtype), gradient_like(k, dtype), gradient_like(v)
+
+
+def padded(size: int) -> int:
+    """Return a size as kernels have it: a power of two from 16 on."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def differentiable_gradients(o: Tensor, inputs: Sequence[Tensor | None], do: Tensor) -> list[Tensor | None]:
+    """Return the gradients of those inputs that want one, None for others, so that they have gradients themselves."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
 def on_device(function: Callable[P, R]) -> Callable[P, R]:

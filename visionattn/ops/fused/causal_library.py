@@ -8,7 +8,14 @@ from torch import Tensor
 
 from visionattn.ops import positive, scan
 from visionattn.ops.fused import causal as kernels
-from visionattn.ops.fused.buffers import full_precision, gradient_like, on_device, output_like
+from visionattn.ops.fused.buffers import (
+    differentiable_gradients,
+    full_precision,
+    gradient_like,
+    on_device,
+    output_like,
+    padded,
+)
 
 
 def attend_causal(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ class Plan(NamedTuple):
 
 def plan(a: Tensor, v: Tensor) -> Plan:
     """Choose for logarithms (B, H, N, F) and values (B, H, N, E)."""
-    F, E = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (a, v))
+    F, E = padded(a.shape[-1]), padded(v.shape[-1])
     chunk = 128 if v.shape[:-1].numel() <= 65536 else 256
     feature_tile = min(F, 64, max(16, 4096 // E))
     value_tile = min(E, max(16, (4096 if v.dtype == torch.float32 else 8192) // F))
@@ -160,9 +167,7 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 def _eager_gradients(a: Tensor, b: Tensor, v: Tensor, do: Tensor) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
     inputs = a, b, v = [x.view_as(x) for x in (a, b, v)]  # one may depend on another
-    o = scan.causal(positive, a, b, v)
-    found = iter(torch.autograd.grad(o, [x for x in inputs if x.requires_grad], do, create_graph=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+    return differentiable_gradients(scan.causal(positive, a, b, v), inputs, do)
 
 
 def _joined(

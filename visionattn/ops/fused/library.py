@@ -4,12 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
-from visionattn.ops.fused.buffers import full_precision, gradients_like, on_device, output_like
+from visionattn.ops.fused.buffers import (
+    differentiable_gradients,
+    full_precision,
+    gradients_like,
+    on_device,
+    output_like,
+    padded,
+)
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.plan import plan_backward, plan_forward
 
@@ -60,13 +66,12 @@ def _forward(
     B, H, N, _ = q.shape
     F, D, E = _padded(features, q, v)
     plan = plan_forward(N, B * H, F, max(D, E), q.dtype != torch.float32)
-    whole = plan.chunks == 1
     o, slots, *stats = _outputs(features, q, v)
-    flags, tops, masses = _workspace(q, B * H, 0 if whole else plan.chunks, (F,), (F,))
+    flags, tops, masses = _workspace(q, B * H, 0 if plan.whole else plan.chunks, (F,), (F,))
     parts = v.new_empty(len(tops), F, E)
     constants = _constants(features, q)
     banks = constants[-1]
-    kernels.forward[(B * H if whole else B * H * (plan.chunks + plan.readers),)](
+    kernels.forward[plan.grid(B * H)](
         *(q, k, v, o, slots, *stats),
         *constants,
         *(parts, tops, masses, flags),
@@ -78,13 +83,13 @@ def _forward(
         F=F,
         D=D,
         E=E,
-        BANKS=max(16, triton.next_power_of_2(banks)),
+        BANKS=padded(banks),
         BLOCK=plan.block,
         QUERY_BLOCK=plan.query_block,
         STAGES=plan.stages,
         MAP=KINDS[kind],
         SPLIT=warp is not None,
-        WHOLE=whole,
+        WHOLE=plan.whole,
         SAVE=save,
         P="ieee",
         num_warps=plan.warps,
@@ -123,12 +128,11 @@ def _backward(
     B, H, N, _ = q.shape
     F, D, E = _padded(features, q, v)
     plan = plan_backward(N, B * H, F, max(D, E), q.dtype != torch.float32)
-    whole = plan.chunks == 1
-    flags, parts, pulls = _workspace(q, B * H, 0 if whole else plan.chunks, (E, F), (F,))
+    flags, parts, pulls = _workspace(q, B * H, 0 if plan.whole else plan.chunks, (E, F), (F,))
     dslots, pull, scale = torch.empty_like(slots), torch.empty_like(top), torch.empty_like(top[:, 0])
     _, low, bank_in, warp_in, warp_low, packed_gains, _, square_2, each, banks = constants = _constants(features, q)
     back = None if draws is None else draws.to(q.dtype)
-    kernels.backward[(B * H if whole else B * H * (plan.chunks + plan.readers),)](
+    kernels.backward[plan.grid(B * H)](
         *(q, k, v, do, dq, dk, dv, slots, top, mass, level),
         *(constants[0], low, back, bank_in, warp_in, warp_low, packed_gains, square_2, each, banks),
         *(parts, pulls, dslots, pull, scale, flags),
@@ -140,12 +144,12 @@ def _backward(
         F=F,
         D=D,
         E=E,
-        BANKS=max(16, triton.next_power_of_2(banks)),
+        BANKS=padded(banks),
         BLOCK=plan.block,
         STAGES=plan.stages,
         MAP=KINDS[kind],
         SPLIT=warp is not None,
-        WHOLE=whole,
+        WHOLE=plan.whole,
         P="ieee",
         num_warps=plan.warps,
     )
@@ -187,16 +191,13 @@ def _eager_gradients(
     q, k, v = (x.view_as(x) for x in (q, k, v))  # one may depend on another
     features = features._replace(warp=warp)
     inputs = [q, k, v, warp]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    o = positive.linear(features.logs(q), features.logs(k), v)
-    found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+    return differentiable_gradients(positive.linear(features.logs(q), features.logs(k), v), inputs, do)
 
 
 def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
     """Return F, D and E as kernels have them: powers of two from 16 on."""
     sizes = features.features(q.shape[-1]), q.shape[-1], v.shape[-1]
-    F, D, E = (max(16, triton.next_power_of_2(size)) for size in sizes)
+    F, D, E = map(padded, sizes)
     return F, D, E
 
 

@@ -3,12 +3,18 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from visionattn.ops import distance, ela_direction, signed
 from visionattn.ops.fused import moments as kernels
-from visionattn.ops.fused.buffers import full_precision, gradients_like, on_device, output_like
+from visionattn.ops.fused.buffers import (
+    differentiable_gradients,
+    full_precision,
+    gradients_like,
+    on_device,
+    output_like,
+    padded,
+)
 from visionattn.ops.fused.plan import Plan, plan_moments, plan_moments_backward
 
 KINDS = {"sum": kernels.SUM, "diff": kernels.DIFF, "direction": kernels.DIRECTION}
@@ -42,7 +48,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Te
     plan = plan_moments(N, B * H, q.dtype != torch.float32)
     o, state = output_like(v), _states(q, v, B * H)
     flags, parts = _workspace(q, v, plan)
-    kernels.forward[_grid(plan, B * H)](
+    kernels.forward[plan.grid(B * H)](
         *(q, k, v, o, state, parts, flags),
         *(*q.stride(), *k.stride(), *v.stride(), o.stride(0), o.stride(2), o.stride(1)),
         *(H, N, B * H * plan.chunks, plan.chunks, plan.readers),
@@ -55,7 +61,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Te
         SAMPLE=_sample(q),
         STAGES=plan.stages,
         MAP=KINDS[kind],
-        WHOLE=plan.chunks == 1,
+        WHOLE=plan.whole,
         SAVE=save,
         P=_precision(q),
         num_warps=plan.warps,
@@ -77,7 +83,7 @@ def _backward(
     D, E = _padded(q, v)
     plan = plan_moments_backward(N, B * H)
     flags, parts = _workspace(q, v, plan)
-    kernels.backward[_grid(plan, B * H)](
+    kernels.backward[plan.grid(B * H)](
         *(q, k, v, do, dq, dk, dv, state, torch.empty_like(state), parts, flags),
         *(*q.stride(), *k.stride(), *v.stride(), *do.stride(), *dq.stride()[:3], *dv.stride()[:3]),
         *(H, N, B * H * plan.chunks, plan.chunks, plan.readers),
@@ -88,7 +94,7 @@ def _backward(
         BLOCK=plan.block,
         STAGES=plan.stages,
         MAP=KINDS[kind],
-        WHOLE=plan.chunks == 1,
+        WHOLE=plan.whole,
         P=_precision(q),
         num_warps=plan.warps,
     )
@@ -119,13 +125,11 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 def _eager_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, kind: str) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
     inputs = q, k, v = [x.view_as(x) for x in (q, k, v)]  # one may depend on another
-    wanted = [x for x in inputs if x.requires_grad]
     if kind == "direction":
         o = signed.linear(ela_direction.query_features(q), ela_direction.key_features(k), v)
     else:
         o = distance.linear(q, -k if kind == "diff" else k, v)
-    found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+    return differentiable_gradients(o, inputs, do)
 
 
 def _precision(x: Tensor) -> str:
@@ -139,12 +143,7 @@ def _sample(x: Tensor) -> int:
 
 def _padded(q: Tensor, v: Tensor) -> tuple[int, int]:
     """Return D and E as kernels have them: powers of two from 16 on."""
-    D, E = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
-    return D, E
-
-
-def _grid(plan: Plan, heads: int) -> tuple[int]:
-    return (heads if plan.chunks == 1 else heads * (plan.chunks + plan.readers),)
+    return padded(q.shape[-1]), padded(v.shape[-1])
 
 
 def _states(q: Tensor, v: Tensor, count: int) -> Tensor:
@@ -155,5 +154,5 @@ def _states(q: Tensor, v: Tensor, count: int) -> Tensor:
 
 def _workspace(q: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Return the heads' flags, lowered, and memory for what every chunk leaves."""
-    heads = 0 if plan.chunks == 1 else q.shape[0] * q.shape[1]
+    heads = 0 if plan.whole else q.shape[0] * q.shape[1]
     return q.new_zeros(heads, dtype=torch.int32), _states(q, v, heads * plan.chunks)

@@ -28,6 +28,15 @@ class Plan(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether a program has a whole head to itself."""
+        return self.chunks == 1
+
+    def grid(self, heads: int) -> tuple[int]:
+        """Return how many programs do the heads of all images."""
+        return (heads if self.whole else heads * (self.chunks + self.readers),)
+
 
 def plan_forward(tokens: int, heads: int, features: int, width: int, half: bool) -> Plan:
     """Choose for N tokens, B H heads, padded numbers of features and widths, and half or full precision."""
