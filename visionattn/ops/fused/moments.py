@@ -24,7 +24,7 @@ The launches are those of :mod:`visionattn.ops.fused.positive`.
 import triton
 import triton.language as tl
 
-from visionattn.ops.fused.tiles import arrive, load_rows, place, span, store_rows, wait_for
+from visionattn.ops.fused.tiles import arrive, load_rows, share, store_rows, wait_for
 
 SUM: tl.constexpr = tl.constexpr(0)
 DIFF: tl.constexpr = tl.constexpr(1)
@@ -239,14 +239,7 @@ def forward(
     if WHOLE:
         head, start, stop, answers = item, 0, tokens, False
     else:
-        answers = item >= fillers
-        if answers:
-            head, part = place(item - fillers, heads, readers)
-            start, stop = span(part, readers, tokens, QUERY_BLOCK)
-        else:
-            head, part = place(item, heads, chunks)
-            start, stop = span(part, chunks, tokens, BLOCK)
-            item = head * chunks + part
+        item, head, start, stop, answers = share(item, fillers, chunks, readers, heads, tokens, BLOCK, QUERY_BLOCK)
     b, h = (head // heads).to(tl.int64), head % heads
     q += b * sqb + h * sqh
     k += b * skb + h * skh
@@ -414,14 +407,7 @@ def backward(
     if WHOLE:
         head, start, stop, answers = item, 0, tokens, False
     else:
-        answers = item >= fillers
-        if answers:
-            head, part = place(item - fillers, heads, readers)
-            start, stop = span(part, readers, tokens, BLOCK)
-        else:
-            head, part = place(item, heads, chunks)
-            start, stop = span(part, chunks, tokens, BLOCK)
-            item = head * chunks + part
+        item, head, start, stop, answers = share(item, fillers, chunks, readers, heads, tokens, BLOCK, BLOCK)
     b, h = (head // heads).to(tl.int64), head % heads
     q += b * sqb + h * sqh
     k += b * skb + h * skh

@@ -79,6 +79,20 @@ def span(part, parts, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def share(item, fillers, chunks, readers, heads, tokens, BLOCK: tl.constexpr, READER_BLOCK: tl.constexpr):
+    """Return a program's share where heads are split: the number of its part, head, tokens, and whether it reads."""
+    reads = item >= fillers
+    if reads:
+        head, part = place(item - fillers, heads, readers)
+        start, stop = span(part, readers, tokens, READER_BLOCK)
+    else:
+        head, part = place(item, heads, chunks)
+        start, stop = span(part, chunks, tokens, BLOCK)
+        item = head * chunks + part
+    return item, head, start, stop, reads
+
+
+@triton.jit
 def arrive(flag):
     """Count this program in, after all that it wrote; return how many were in before, whose writing is seen then."""
     tl.debug_barrier()
