@@ -21,26 +21,25 @@ SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2)
 WHOLE = SPLIT._replace(chunks=1, readers=1)
 
 
-def random_map(warped: bool) -> FeatureMap:
-    draws = torch.randn(2, 40, D, device=DEVICE).bfloat16().float()
-    warp = torch.eye(D, device=DEVICE) + 0.1 * torch.randn(2, D, D, device=DEVICE)
+def random_map(warped: bool, width: int) -> FeatureMap:
+    draws = torch.randn(2, 40, width, device=DEVICE).bfloat16().float()
+    warp = torch.eye(width, device=DEVICE) + 0.4 * width**-0.5 * torch.randn(2, width, width, device=DEVICE)
     return softmax_features(draws, warp.requires_grad_() if warped else None)
 
 
-def sphere_map() -> FeatureMap:
-    draws = torch.randn(2, 2, 8, D, device=DEVICE).bfloat16().float()
-    bank = torch.nn.functional.normalize(torch.randn(4, D, device=DEVICE), dim=-1).bfloat16().float()
+def sphere_map(width: int) -> FeatureMap:
+    draws = torch.randn(2, 2, 8, width, device=DEVICE).bfloat16().float()
+    bank = torch.nn.functional.normalize(torch.randn(4, width, device=DEVICE), dim=-1).bfloat16().float()
     return yat_features(draws, bank, [0.3, 1.2], [0.5, 0.2])
 
 
-MAPS = {
-    "exp": lambda: FeatureMap("exp"),
-    "elu": lambda: FeatureMap("elu"),
-    "relu": lambda: FeatureMap("relu"),
-    "performer": lambda: random_map(False),
-    "dark": lambda: random_map(True),
-    "slay": sphere_map,
-}
+MAPS = ["exp", "elu", "relu", "performer", "dark", "slay"]
+
+
+def made(name: str, width: int = D) -> FeatureMap:
+    if name == "slay":
+        return sphere_map(width)
+    return random_map(name == "dark", width) if name in ("performer", "dark") else FeatureMap(name)
 
 
 @pytest.fixture(params=[WHOLE, SPLIT], ids=["whole", "split"], autouse=True)
@@ -50,9 +49,9 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(library, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
 
 
-def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0) -> list[Tensor]:
+def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0, width: int = D) -> list[Tensor]:
     """Queries, keys, values and a gradient, all of them views, as attention has them."""
-    widths = (D, D, value_width, value_width)
+    widths = (width, width, value_width, value_width)
     return [
         torch.randn(2, tokens, 2, w, device=DEVICE).mul(scale).to(dtype).transpose(1, 2).requires_grad_()
         for w in widths
@@ -77,10 +76,12 @@ def in_double(x: list[Tensor], features: FeatureMap) -> tuple[list[Tensor], Feat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("tokens", "value_width"), [(1, 16), (53, 24)])
+@pytest.mark.parametrize(("tokens", "width", "value_width"), [(1, 16, 16), (53, 16, 24), (40, 96, 96), (40, 128, 128)])
 @pytest.mark.parametrize("name", MAPS)
-def test_errors_are_those_of_the_formula(name: str, tokens: int, value_width: int, dtype: torch.dtype) -> None:
-    features, x = MAPS[name](), inputs(tokens, dtype, value_width)
+def test_errors_are_those_of_the_formula(
+    name: str, tokens: int, width: int, value_width: int, dtype: torch.dtype
+) -> None:
+    features, x = made(name, width), inputs(tokens, dtype, value_width, width=width)
     found, usual = everything(x, features, False), everything(x, features, True)
     truth = everything(*in_double(x, features), True)
     rounding = 3e-7 if dtype == torch.float32 else 1e-4
@@ -92,7 +93,7 @@ def test_errors_are_those_of_the_formula(name: str, tokens: int, value_width: in
 
 @pytest.mark.parametrize("name", MAPS)
 def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
-    features, x = MAPS[name](), inputs(40, torch.float16)
+    features, x = made(name), inputs(40, torch.float16)
     first = everything(x, features, False)
     assert all(torch.equal(a, b) for a, b in zip(first, everything(x, features, False), strict=True))
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["exp", "elu", "relu"])
 def test_long_vectors_and_lonely_features(name: str) -> None:
-    features, x = MAPS[name](), inputs(40, torch.float16, scale=60.0)
+    features, x = made(name), inputs(40, torch.float16, scale=60.0)
     with torch.no_grad():
         x[1][..., 0] = -60.0  # a feature that no key has
         x[0][:, :, 3] = -60.0  # a query without any
@@ -115,12 +116,12 @@ def test_long_vectors_and_lonely_features(name: str) -> None:
 def test_constant_values_come_back(name: str) -> None:
     q, k, v, _ = inputs(40, torch.float32)
     constant = torch.full_like(v, 3.25)
-    torch.testing.assert_close(library.attend(q, k, constant, MAPS[name]()), constant)
+    torch.testing.assert_close(library.attend(q, k, constant, made(name)), constant)
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_second_derivative(name: str) -> None:
-    features, x = MAPS[name](), inputs(36, torch.float32)
+    features, x = made(name), inputs(36, torch.float32)
 
     def penalty(x: list[Tensor], features: FeatureMap, eager: bool) -> Tensor:
         q, k, v, _ = x
@@ -139,9 +140,10 @@ def test_operators_are_registered_soundly() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, cls in ATTENTION.items() if issubclass(cls, LinearAttention)])
-def test_modules_take_their_kernels(name: str) -> None:
-    layer: Attention = ATTENTION[name](32, 2, projections=False).to(DEVICE).half()
-    x = torch.randn(2, 40, 96, device=DEVICE).half()
+@pytest.mark.parametrize("width", [16, 128])
+def test_modules_take_their_kernels(name: str, width: int) -> None:
+    layer: Attention = ATTENTION[name](2 * width, 2, projections=False).to(DEVICE).half()
+    x = torch.randn(2, 40, 6 * width, device=DEVICE).half()
     with torch.no_grad():
         with switch.kernels("eager"):
             expected = layer(x)

@@ -80,7 +80,9 @@ def drawn(tokens: int, width: int, value_width: int, dtype: torch.dtype) -> tupl
 
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("tokens", "width", "value_width"), [(1, 16, 16), (70, 32, 24), (96, 24, 48)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "value_width"), [(1, 16, 16), (70, 32, 24), (96, 24, 48), (40, 96, 96), (40, 128, 128)]
+)
 def test_errors_are_those_of_the_formula(
     kind: str, dtype: torch.dtype, tokens: int, width: int, value_width: int
 ) -> None:

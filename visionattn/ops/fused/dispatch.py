@@ -17,11 +17,11 @@ from visionattn.ops.packing import transformed
 
 TRITON = find_spec("triton") is not None
 
-MAX_FEATURES, MAX_WIDTH, MAX_PROJECTED_WIDTH, MAX_MOMENTS_WIDTH = 256, 128, 64, 64
+MAX_FEATURES, MAX_WIDTH = 256, 128
 MAX_ANCHORS = 16
 
-SHARED_MEMORY = {"wide": 132_000, "random": 155_000, "warped": 205_000, "sphere": 168_000}
-"""Bytes a program needs: of heads wider than 64, and of maps with projections; ``LEAST`` of all others."""
+SHARED_MEMORY = {"wide": 148_000, "random": 155_000, "warped": 205_000, "sphere": 168_000, "projected": 224_000}
+"""Bytes a program needs: of heads wider than 64, of maps with projections, of both; ``LEAST`` of all others."""
 
 LEAST = 99_000
 
@@ -42,7 +42,7 @@ def attend_positive(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap | None
 
 def attend_with_moments(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor | None:
     """Attend over all tokens by one of ELA's kernels, ``sum``, ``diff`` or ``direction``, likewise."""
-    if not _chosen(_refusal(q, k, v) or _width_refusal(q, v, MAX_MOMENTS_WIDTH)):
+    if not _chosen(_refusal(q, k, v) or _width_refusal(q, v)):
         return None
     from visionattn.ops.fused.moments_library import attend_moments
 
@@ -52,7 +52,7 @@ def attend_with_moments(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor | 
 def attend_causally(a: Tensor, b: Tensor, v: Tensor) -> Tensor | None:
     """Attend to the tokens before each, by the logarithms of positive features (B, H, N, F), likewise."""
     refusal = f"it has {a.shape[-1]} features a head, and kernels take {MAX_FEATURES}"
-    if not _chosen(_refusal(a, b, v) or (refusal if a.shape[-1] > MAX_FEATURES else _width_refusal(v, v, MAX_WIDTH))):
+    if not _chosen(_refusal(a, b, v) or (refusal if a.shape[-1] > MAX_FEATURES else _width_refusal(v, v))):
         return None
     from visionattn.ops.fused.causal_library import attend_causal
 
@@ -100,17 +100,17 @@ def _map_refusal(q: Tensor, v: Tensor, features: FeatureMap | None) -> str | Non
     """Say why kernels cannot take the map."""
     if features is None:
         return "there is none for this mechanism and its options"
-    if features.draws is None:
-        return _width_refusal(q, v, MAX_WIDTH)
-    if refusal := _width_refusal(q, v, MAX_PROJECTED_WIDTH):
+    refusal = _width_refusal(q, v)
+    if features.draws is None or refusal:
         return refusal
     if features.features(q.shape[-1]) > MAX_FEATURES:
         return f"it has {features.features(q.shape[-1])} features a head, and kernels take {MAX_FEATURES}"
-    if q.dtype == torch.float32:
-        return "kernels with projections take half precision, and queries are float32"
+    if torch.float32 in (q.dtype, v.dtype):
+        return f"kernels with projections take half precision, and queries are {q.dtype}, values {v.dtype}"
     if features.bank is not None and len(features.bank) > MAX_ANCHORS:
         return f"it has {len(features.bank)} anchors, and kernels take {MAX_ANCHORS}"
-    return _memory_refusal(q, SHARED_MEMORY["warped" if features.warp is not None else features.kind])
+    kind = "warped" if features.warp is not None else features.kind
+    return _memory_refusal(q, SHARED_MEMORY["projected" if q.shape[-1] > 64 else kind])
 
 
 def _memory_refusal(q: Tensor, need: int) -> str | None:
@@ -118,9 +118,9 @@ def _memory_refusal(q: Tensor, need: int) -> str | None:
     return f"a program needs {need} bytes of shared memory, and the GPU has {room}" if room < need else None
 
 
-def _width_refusal(q: Tensor, v: Tensor, limit: int) -> str | None:
+def _width_refusal(q: Tensor, v: Tensor) -> str | None:
     width = max(q.shape[-1], v.shape[-1])
-    return f"heads are {width} wide, and kernels take {limit}" if width > limit else None
+    return f"heads are {width} wide, and kernels take {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
 def interpreted() -> bool:

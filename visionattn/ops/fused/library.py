@@ -29,6 +29,9 @@ KINDS = {
 
 LOG2E = kernels.LOG2E.value
 
+HELD = 64
+"""Width up to which programs with projections hold a warp, and values, at a time."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap) -> Tensor:
     """Attend over all tokens by fused kernels.
@@ -43,6 +46,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap) -> Tensor:
         (B, H, N, E), in memory as (B, N, H, E).
     """
     kind, draws, bank, warp, gains, priors, square = features
+    if draws is not None and warp is not None and q.shape[-1] > HELD:
+        features = features._replace(draws=draws.to(q.dtype), warp=None)
+        q, k = (x.float() @ warp.float().transpose(-2, -1) for x in (q, k))
+        return attend(q, k, v, features)
+    if draws is not None and v.shape[-1] > HELD:
+        parts = [attend(q, k, part, features).transpose(1, 2) for part in torch.split(v, HELD, -1)]
+        return torch.cat(parts, -1).transpose(1, 2)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, warp))
     return _forward(q, k, v, kind, draws, bank, warp, gains, priors, square, save)[0].transpose(1, 2)
 
@@ -131,7 +141,7 @@ def _backward(
     flags, parts, pulls = _workspace(q, B * H, 0 if plan.whole else plan.chunks, (E, F), (F,))
     dslots, pull, scale = torch.empty_like(slots), torch.empty_like(top), torch.empty_like(top[:, 0])
     _, low, bank_in, warp_in, warp_low, packed_gains, _, square_2, each, banks = constants = _constants(features, q)
-    back = None if draws is None else draws.to(q.dtype)
+    back = None if draws is None or warp is None else draws.to(q.dtype)
     kernels.backward[plan.grid(B * H)](
         *(q, k, v, do, dq, dk, dv, slots, top, mass, level),
         *(constants[0], low, back, bank_in, warp_in, warp_low, packed_gains, square_2, each, banks),
@@ -224,7 +234,7 @@ def _constants(features: FeatureMap, q: Tensor) -> tuple[Any, ...]:
             warped = draws[0].float() @ warp.float()
             draws, low = _split(warped.unsqueeze(0), q.dtype)
             warp, warp_low = _split(warp.float(), q.dtype)
-        draws = draws.to(q.dtype).contiguous()
+        draws = (draws if q.dtype == torch.float32 else draws.to(q.dtype)).contiguous()
     bank = features.bank
     if bank is not None:
         banks, bank = len(bank), bank.to(q.dtype).contiguous()

@@ -45,7 +45,7 @@ def attend_moments(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
     B, H, N, _ = q.shape
     D, E = _padded(q, v)
-    plan = plan_moments(N, B * H, q.dtype != torch.float32)
+    plan = plan_moments(N, B * H, max(D, E), q.dtype != torch.float32)
     o, state = output_like(v), _states(q, v, B * H)
     flags, parts = _workspace(q, v, plan)
     kernels.forward[plan.grid(B * H)](
@@ -81,7 +81,7 @@ def _backward(
 ) -> None:
     B, H, N, _ = q.shape
     D, E = _padded(q, v)
-    plan = plan_moments_backward(N, B * H)
+    plan = plan_moments_backward(N, B * H, max(D, E))
     flags, parts = _workspace(q, v, plan)
     kernels.backward[plan.grid(B * H)](
         *(q, k, v, do, dq, dk, dv, state, torch.empty_like(state), parts, flags),

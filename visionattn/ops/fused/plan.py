@@ -42,7 +42,7 @@ def plan_forward(tokens: int, heads: int, features: int, width: int, half: bool)
     """Choose for N tokens, B H heads, padded numbers of features and widths, and half or full precision."""
     chunks = _chunks(tokens, heads, 2048)
     if features > width:
-        return Plan(chunks, 2 * chunks, 32, 64, 4, 1)
+        return Plan(chunks, 2 * chunks, 32, 64, 4 if width <= 64 else 8, 1)
     if not half:
         return Plan(chunks, chunks, 32, 32, 8, 2) if width <= 64 else Plan(chunks, chunks, 16, 16, 8, 1)
     if width > 64:
@@ -55,23 +55,23 @@ def plan_forward(tokens: int, heads: int, features: int, width: int, half: bool)
 def plan_backward(tokens: int, heads: int, features: int, width: int, half: bool) -> Plan:
     """Choose likewise."""
     chunks = _chunks(tokens, heads, 512)
-    if features > width:
-        return Plan(chunks, chunks, 32, 32, 8, 1)
-    if not half:
+    if features > width or not half:
         return Plan(chunks, chunks, 32, 32, 8, 1) if width <= 64 else Plan(chunks, chunks, 16, 16, 8, 1)
     return Plan(chunks, 2 * chunks, 64, 64, 4 if width <= 64 else 8, 3 if width <= 64 else 2)
 
 
-def plan_moments(tokens: int, heads: int, half: bool) -> Plan:
+def plan_moments(tokens: int, heads: int, width: int, half: bool) -> Plan:
     """Choose for the kernels of moments, forward."""
     chunks = _chunks(tokens, heads, 2048)
-    return Plan(chunks, chunks, 64, 64, 4, 2) if half else Plan(chunks, chunks, 32, 32, 8, 2)
+    if half and width <= 64:
+        return Plan(chunks, chunks, 64, 64, 4, 2)
+    return Plan(chunks, chunks, 32, 32, 8, 2) if half or width <= 64 else Plan(chunks, chunks, 16, 16, 8, 2)
 
 
-def plan_moments_backward(tokens: int, heads: int) -> Plan:
+def plan_moments_backward(tokens: int, heads: int, width: int) -> Plan:
     """Choose likewise, backward."""
     chunks = _chunks(tokens, heads, 512)
-    return Plan(chunks, chunks, 32, 32, 8, 1)
+    return Plan(chunks, chunks, 32, 32, 8, 1) if width <= 64 else Plan(chunks, chunks, 16, 16, 8, 1)
 
 
 def _chunks(tokens: int, heads: int, whole: int) -> int:

@@ -69,12 +69,25 @@ def _slope(x, MAP: tl.constexpr):
 
 
 @triton.jit
+def _finely(x, matrix, P: tl.constexpr):
+    """Return ``x matrix``; for x of float32 and a matrix of half precision, as if in float32."""
+    high = x.to(matrix.dtype)
+    y = tl.dot(high, matrix, input_precision=P)
+    if x.dtype != matrix.dtype:
+        y = tl.dot((x - high.to(tl.float32)).to(matrix.dtype), matrix, y, input_precision=P)
+    return y
+
+
+@triton.jit
 def _key_logs(
     k, draws, low, bank, spread, warp, warp_low, gain, square, MAP: tl.constexpr, SPLIT: tl.constexpr, P: tl.constexpr
 ):
     """Return z of keys (D, BLOCK), as (F, BLOCK)."""
     if MAP == RANDOM:
-        z = tl.dot(draws, k, input_precision=P)
+        high = k.to(draws.dtype)
+        z = tl.dot(draws, high, input_precision=P)
+        if k.dtype != draws.dtype:
+            z = tl.dot(draws, (k - high.to(tl.float32)).to(draws.dtype), z, input_precision=P)
         if SPLIT:
             z = tl.dot(low, k, z, input_precision=P)
             warped = tl.dot(warp, k, input_precision=P)
@@ -100,7 +113,7 @@ def _key_logs(
 def _query_logs(q, draws, low, bank, spread, gain, MAP: tl.constexpr, SPLIT: tl.constexpr, P: tl.constexpr):
     """Return z of queries (BLOCK, D), as (BLOCK, F), less what a query's features have in common."""
     if MAP == RANDOM:
-        z = tl.dot(q, tl.trans(draws), input_precision=P)
+        z = _finely(q, tl.trans(draws), P)
         if SPLIT:
             z = tl.dot(q, tl.trans(low), z, input_precision=P)
         z = z * gain[None, :]
@@ -116,14 +129,6 @@ def _query_logs(q, draws, low, bank, spread, gain, MAP: tl.constexpr, SPLIT: tl.
     else:
         z = _logs(q, MAP)
     return z
-
-
-@triton.jit
-def _finely(x, matrix, P: tl.constexpr):
-    """Return ``x matrix`` for x of float32 and a matrix of half precision, as if in float32."""
-    high = x.to(matrix.dtype)
-    y = tl.dot(high, matrix, input_precision=P)
-    return tl.dot((x - high.to(tl.float32)).to(matrix.dtype), matrix, y, input_precision=P)
 
 
 @triton.jit
