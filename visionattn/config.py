@@ -52,6 +52,9 @@ class DetectConfig(_Common):
     """A detector trained by Ultralytics."""
 
     task: Literal["detect"]
+    loader: Literal["workers", "device"] = Field(
+        default="workers", description="where batches are made: by Ultralytics in processes, or on the training device"
+    )
     ultralytics: dict[str, Any] = Field(default_factory=dict, description="passed to Ultralytics' trainer")
 
 

@@ -4,12 +4,14 @@ Importing it makes our blocks known to Ultralytics' yaml parser. The import stan
 checkpoint is a pickle that imports the parents of the modules it names: loading one registers the blocks by itself.
 """
 
-from visionattn.detection.blocks import LAT, LATFeatures
+from visionattn.detection.blocks import LAT, LATFeatures, LinearDetect, Rep
 from visionattn.detection.registration import register
 
-register([LAT, LATFeatures])
+register([LAT, LATFeatures, LinearDetect, Rep])
 
 from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
+from visionattn.detection.controls import narrow_control  # noqa: E402
+from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
 from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
@@ -22,12 +24,16 @@ __all__ = [
     "YOLOLAT",
     "DetectionNetwork",
     "LATFeatures",
+    "LinearDetect",
+    "Rep",
     "build_detector",
     "check_options",
     "classes_and_size",
     "in_image",
     "letterbox",
     "load_detector",
+    "narrow_control",
+    "refuse_unsupported",
     "resolve_model",
     "suppress",
     "train_detector",

@@ -1,14 +1,15 @@
 """Blocks for Ultralytics' model yaml.
 
-The parser assumes that a foreign block keeps the number of channels. ``LAT`` does; ``LATFeatures`` returns a list, from
-which ``Index`` rows pick.
+The parser assumes that a foreign block keeps the number of channels. ``LAT`` and ``Rep`` do; ``LATFeatures`` returns a
+list, from which ``Index`` rows pick; ``LinearDetect`` passes for Ultralytics' own head.
 """
 
+import copy
 from collections.abc import Sequence
 
 import timm
 from torch import Tensor, nn
-from ultralytics.nn.modules import Conv
+from ultralytics.nn.modules import Conv, Detect, RepConv
 
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, UnknownNameError, suggest
@@ -25,8 +26,8 @@ class LAT(nn.Module):
         c: channels C of input and output.
         head_dim: channels of a head; must divide ``c``.
         attention: a name in :data:`visionattn.attention.ATTENTION`.
-        mlp_ratio: hidden width of the perceptron over ``c``.
-        kernel_size: side of the depthwise convolution.
+        mlp_ratio: hidden width of the perceptron over ``c``; 0: no perceptron.
+        kernel_size: side of the depthwise convolution; 0: no convolution.
 
     Raises:
         ConfigError: ``head_dim`` does not divide ``c``.
@@ -42,16 +43,61 @@ class LAT(nn.Module):
         hidden = int(c * mlp_ratio)
         self.attention = ATTENTION[attention](c, c // head_dim, projections=False)
         self.qkv = Conv(c, self.attention.streams * c, 1, act=False)
-        self.local = Conv(c, c, kernel_size, g=c, act=False)
+        self.local = Conv(c, c, kernel_size, g=c, act=False) if kernel_size else None
         self.proj = Conv(c, c, 1, act=False)
-        self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False))
+        self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False)) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
         _, C, H, W = x.shape
         qkv = self.qkv(x)
         mixed = self.attention(qkv.flatten(2).transpose(1, 2), grid=(H, W)).transpose(1, 2).unflatten(2, (H, W))
-        x = x + self.proj(mixed + self.local(qkv[:, -C:]))
-        return x + self.mlp(x)
+        if self.local is not None:
+            mixed = mixed + self.local(qkv[:, -C:])
+        x = x + self.proj(mixed)
+        return x if self.mlp is None else x + self.mlp(x)
+
+
+class Rep(RepConv):
+    """3x3 convolution of C channels that is trained as three branches, 3x3, 1x1 and identity, each with its own norm.
+
+    ``fuse()`` makes one convolution of them: RepVGG, Ding et al. 2021 (arXiv 2101.03697), section 3.
+
+    Args:
+        c: channels of input and output.
+    """
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c, c, act=Conv.default_act, bn=True)
+
+
+class _AsDetect(type):
+    """Makes a class equal to Ultralytics' ``Detect``, by which its parser knows what a head is to be given."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is Detect or type.__eq__(cls, other)
+
+    def __hash__(cls) -> int:
+        return hash(Detect)
+
+
+class LinearDetect(Detect, metaclass=_AsDetect):
+    """Head of one 1x1 convolution a map and branch; what comes before stands in the yaml, for boxes and classes alike.
+
+    Losses, assignment, decoding and the NMS-free branch are Ultralytics'. Outputs are those of ``Detect``.
+
+    Args:
+        nc: number of classes.
+        reg_max: bins of a box side's distribution; 1: sides themselves.
+        end2end: have an NMS-free branch, too.
+        ch: channels of the maps, finest first.
+    """
+
+    def __init__(self, nc: int = 80, reg_max: int = 1, end2end: bool = False, ch: Sequence[int] = ()) -> None:
+        super().__init__(nc, reg_max, False, ch)
+        self.cv2 = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 4 * reg_max, 1)) for c in ch)
+        self.cv3 = nn.ModuleList(nn.Sequential(nn.Conv2d(c, nc, 1)) for c in ch)
+        if end2end:
+            self.one2one_cv2, self.one2one_cv3 = copy.deepcopy(self.cv2), copy.deepcopy(self.cv3)
 
 
 class LATFeatures(nn.Module):

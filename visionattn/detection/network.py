@@ -47,6 +47,10 @@ class DetectionNetwork(nn.Module):
                 for index, branch in enumerate(branches):
                     branches[index] = nn.Sequential(*branch, _Widen())
 
+    def settle(self) -> None:
+        """Keep the anchors of the last input's size, as a CUDA graph needs; another size makes others."""
+        self.model.model[-1].dynamic = False
+
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.half() if self.half_precision else images)
 

@@ -24,7 +24,8 @@ def register(blocks: Iterable[type[nn.Module]]) -> None:
             raise RuntimeError(f"Ultralytics already knows another {block.__name__}; rename the block")
         setattr(tasks, block.__name__, block)
     maps = [features for _, features in slay.POLYNOMIALS.values()]  # a SlayAttention holds one
-    torch.serialization.add_safe_globals([*blocks, *ATTENTION.values(), *maps])
+    named: Any = [(block, f"{block.__module__}.{block.__name__}") for block in blocks]  # equal classes are told apart
+    torch.serialization.add_safe_globals([*named, *ATTENTION.values(), *maps])
     default_callbacks["on_pretrain_routine_start"].append(_known_in_workers)
 
 

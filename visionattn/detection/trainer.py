@@ -12,6 +12,8 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import strip_optimizer
 
+from visionattn.detection.device_loader import DeviceLoader
+
 
 class LATTrainer(DetectionTrainer):
     """Trains as Ultralytics does, and never leaves half a checkpoint under its final name."""
@@ -47,6 +49,25 @@ class LATTrainer(DetectionTrainer):
         """Strip and score the checkpoints, keeping copies until that is done."""
         with _kept(self.last, self.best):
             super().final_eval()
+
+
+class DeviceTrainer(LATTrainer):
+    """Trains on batches that are made on the device, by :class:`DeviceLoader`."""
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """Return our loader for training, Ultralytics' for validation."""
+        if mode != "train":
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        dataset = self.build_dataset(dataset_path, "train", batch_size)
+        return DeviceLoader(dataset, batch_size, self.device, self.args, RANK, max(self.world_size, 1))
+
+    def _model_train(self) -> None:
+        super()._model_train()
+        self.train_loader.epoch = self.epoch
+
+
+TRAINERS = {"workers": LATTrainer, "device": DeviceTrainer}
+"""Trainers by where batches are made."""
 
 
 def recover(folder: Path) -> None:

@@ -11,7 +11,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from visionattn.detection.loading import load_detector, read_checkpoint, restricted
 from visionattn.detection.model import MODELS, YOLOLAT
-from visionattn.detection.trainer import recover, strip
+from visionattn.detection.trainer import TRAINERS, recover, strip
 from visionattn.errors import ConfigError, VisionAttnError, suggest
 
 _OURS = {"task", "mode", "model", "data", "epochs", "batch", "imgsz", "seed", "device", "workers", "augmentations"}
@@ -64,13 +64,16 @@ def build_detector(model: str, trust: bool = False) -> YOLOLAT:
     return detector
 
 
-def train_detector(detector: YOLOLAT, folder: Path, trust: bool = False, **options: Any) -> Path:
+def train_detector(
+    detector: YOLOLAT, folder: Path, trust: bool = False, loader: str = "workers", **options: Any
+) -> Path:
     """Train ``detector``, or go on with the training that ``folder`` holds; returns the path of the best weights.
 
     Args:
         detector: what to train if ``folder`` holds no checkpoint yet.
         folder: everything is written here; checkpoints in ``folder/weights``.
         trust: load the checkpoint to go on from as a plain pickle.
+        loader: where batches are made, a key of :data:`~visionattn.detection.trainer.TRAINERS`.
         options: Ultralytics' training arguments.
     """
     weights = folder / "weights"
@@ -78,7 +81,7 @@ def train_detector(detector: YOLOLAT, folder: Path, trust: bool = False, **optio
     last = weights / "last.pt"
     with restricted(not trust):
         if not last.exists():
-            detector.train(save_dir=str(folder), **options)
+            detector.train(trainer=TRAINERS[loader], save_dir=str(folder), **options)
         elif (done := read_checkpoint(last, trust)["epoch"]) == -1 or done + 1 >= options["epochs"]:
             for checkpoint in (last, weights / "best.pt"):
                 if read_checkpoint(checkpoint, trust)["epoch"] != -1:
@@ -86,7 +89,7 @@ def train_detector(detector: YOLOLAT, folder: Path, trust: bool = False, **optio
         else:
             _forget_epochs_after(folder / "results.csv", done + 1)
             resumable = {key: options[key] for key in ("data", "device", "workers") if key in options}
-            YOLOLAT(last).train(resume=True, save_dir=str(folder), **resumable)
+            YOLOLAT(last).train(trainer=TRAINERS[loader], resume=True, save_dir=str(folder), **resumable)
     return weights / "best.pt"
 
 

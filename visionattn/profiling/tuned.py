@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn.detection import DetectionNetwork
+from visionattn.export.cudnn import join_relus
 from visionattn.export.network import Network
 from visionattn.export.session import Place, TorchSession
 from visionattn.profiling.clock import Graphed
@@ -27,6 +29,10 @@ class TunedSession(TorchSession):
         last = channels_last or self.place != "cpu"
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.module.to(memory_format=self.layout)
+        if self.place != "cpu":
+            join_relus(self.module)
+        if isinstance(self.module, DetectionNetwork):
+            self.module.settle()
         self.type = DTYPES[precision]
         self._graph: Graphed | None = None
 
