@@ -13,8 +13,7 @@ import typer
 
 from visionattn.cli import run
 from visionattn.config import DetectConfig, load_config
-from visionattn.detection import narrow_control
-from visionattn.engine.benchmark import Benchmark, Run, plan_runs, run_all
+from visionattn.engine.benchmark import Benchmark, Run, plan_runs, run_all, write_controls
 from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
 from visionattn.record import environment
@@ -46,7 +45,7 @@ def main(
         write_json(output, json.loads(report.model_dump_json()) | {"environment": environment()})
         print(f"{len(runs)} done", flush=True)
 
-    models = [*model, *(narrow_control(name, recipe.output / "controls") for name in control or ())]
+    models = [*model, *write_controls(control or (), recipe.output / "controls")]
     for done in run_all(plan_runs(recipe, models, seed or [0]), jobs, keep):
         score = f"AP {done.scores['ap']:.4f} AP50 {done.scores['ap50']:.4f}" if done.scores else done.reason
         print(f"{Path(done.model).stem:24} seed {done.seed} {(done.parameters or 0) / 1e6:.3f} M  {score}")

@@ -1,7 +1,9 @@
 """Ultralytics' detection trainer with two things added: whole checkpoints after a kill, no code from data sets."""
 
+import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,16 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from visionattn.detection.device_loader import DeviceLoader
 
+SAVE_EVERY = 20.0
+"""Seconds between checkpoints of epochs that are not scored."""
+
 
 class LATTrainer(DetectionTrainer):
     """Trains as Ultralytics does, and never leaves half a checkpoint under its final name."""
 
     last: Path
     best: Path
+    _saved = -math.inf
 
     def train(self) -> None:
         """Train, in worker processes if there are several devices."""
@@ -33,7 +39,15 @@ class LATTrainer(DetectionTrainer):
             return super().build_dataset(img_path, mode, batch)
 
     def save_model(self) -> bool:
-        """Save ``last.pt`` and ``best.pt`` under other names, then move them into place."""
+        """Save ``last.pt`` and ``best.pt`` under other names, then move them into place.
+
+        Where no epoch is scored, and so none is the best, not more often than every :data:`SAVE_EVERY` seconds: of
+        small networks on small sets, saving would take a fourth of the training.
+        """
+        scored = self.args.val or self.epoch + 1 >= self.epochs or self.stop
+        if not scored and time.monotonic() - self._saved < SAVE_EVERY:
+            return False
+        self._saved = time.monotonic()
         last, best = self.last, self.best
         self.last, self.best = _beside(last, "partial"), _beside(best, "partial")
         try:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from visionattn.config import DetectConfig
-from visionattn.detection import load_detector
+from visionattn.data.files import write_text
+from visionattn.detection import load_detector, narrow_control
 from visionattn.engine.train import train
 from visionattn.errors import ConfigError, VisionAttnError
 
@@ -88,6 +90,17 @@ def plan_runs(config: DetectConfig, models: Sequence[str], seeds: Sequence[int])
             own = config.model_copy(update={"model": model, "seed": seed, "name": name})
             entries.append(Entry(own, config.output / "logs" / f"{name}.log"))
     return entries
+
+
+def write_controls(controls: Iterable[str], folder: Path) -> list[str]:
+    """Write the yamls of narrow controls, see :func:`~visionattn.detection.narrow_control`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for control in controls:
+        name, content = narrow_control(control)
+        paths.append(str(folder / f"{name}.yaml"))
+        write_text(Path(paths[-1]), yaml.safe_dump(content, sort_keys=False))
+    return paths
 
 
 def run_all(entries: Sequence[Entry], jobs: int, keep: Callable[[Sequence[Run]], None]) -> list[Run]:

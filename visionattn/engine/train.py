@@ -36,8 +36,8 @@ def train(config: TrainConfig, resume: bool = False, trust: bool = False) -> Tra
 
     Args:
         config: what to train, from :func:`visionattn.config.load_config`.
-        resume: go on with a run that was stopped; at most one epoch is trained again. A finished run is left as it is,
-            and a run that was not begun begins.
+        resume: go on with a run that was stopped; at most one epoch is trained again, or twenty seconds of a detector
+            whose epochs are not scored. A finished run is left as it is, and a run that was not begun begins.
         trust: load a detector's checkpoints as plain pickles, which may run any code.
 
     Raises:
