@@ -13,7 +13,8 @@ import typer
 
 from visionattn.cli import run
 from visionattn.config import DetectConfig, load_config
-from visionattn.engine.benchmark import Benchmark, Run, plan_runs, run_all, write_controls
+from visionattn.detection import ablated, narrow_control
+from visionattn.engine.benchmark import Benchmark, Run, plan_runs, run_all, write_models
 from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
 from visionattn.record import environment
@@ -28,6 +29,12 @@ def main(
     output: Annotated[Path, typer.Option(help="file of the report as JSON; a table and a picture beside it")],
     control: Annotated[
         list[str] | None, typer.Option(help="a model of Ultralytics made as narrow, as yolo26:0.08; repeatable")
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a model with something else for its attention, as yolo-lat-p:softmax, :conv, :none; repeatable"
+        ),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0 if left out")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at once")] = 1,
@@ -45,7 +52,8 @@ def main(
         write_json(output, json.loads(report.model_dump_json()) | {"environment": environment()})
         print(f"{len(runs)} done", flush=True)
 
-    models = [*model, *write_controls(control or (), recipe.output / "controls")]
+    made = [*map(narrow_control, control or ()), *map(ablated, ablate or ())]
+    models = [*model, *write_models(made, recipe.output / "models")]
     for done in run_all(plan_runs(recipe, models, seed or [0]), jobs, keep):
         score = f"AP {done.scores['ap']:.4f} AP50 {done.scores['ap50']:.4f}" if done.scores else done.reason
         print(f"{Path(done.model).stem:24} seed {done.seed} {(done.parameters or 0) / 1e6:.3f} M  {score}")

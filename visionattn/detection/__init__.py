@@ -10,7 +10,7 @@ from visionattn.detection.registration import register
 register([LAT, LATFeatures, LinearDetect, Rep])
 
 from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
-from visionattn.detection.controls import narrow_control  # noqa: E402
+from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "LATFeatures",
     "LinearDetect",
     "Rep",
+    "ablated",
     "build_detector",
     "check_options",
     "classes_and_size",

@@ -1,10 +1,16 @@
-"""Honest controls of small detectors: Ultralytics' own, made as narrow."""
+"""Honest controls: Ultralytics' detectors made as narrow, and ours with something else in place of their attention."""
 
 from typing import Any
 
 from ultralytics.nn.tasks import yaml_model_load
 
-from visionattn.errors import ConfigError
+from visionattn.attention import ATTENTION
+from visionattn.detection.model import resolve_model
+from visionattn.errors import ConfigError, suggest
+
+NOTHING, CONVOLUTION = "none", "conv"
+LAT_DEFAULTS: tuple[Any, ...] = (32, "ela_hadamard", 2.0, 5)
+"""What a ``LAT`` row does not say."""
 
 
 def narrow_control(control: str) -> tuple[str, dict[str, Any]]:
@@ -28,3 +34,39 @@ def narrow_control(control: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"control {control!r}: expected a width above 0")
     shared = {key: value for key, value in content.items() if key not in ("scale", "yaml_file")}
     return f"{family}n-width{width:g}", shared | {"scales": {"n": [depth, width, most]}, "reg_max": 1}
+
+
+def ablated(ablation: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the yaml of a model with something else in all its ``LAT`` rows.
+
+    Args:
+        ablation: a model and what to put there, as ``yolo-lat-p:softmax``: another attention by name; ``none``, which
+            takes the row away; ``conv``, a residual pair of 3x3 convolutions with as many weights.
+
+    Raises:
+        ConfigError: there is no such model, it has no such row, or the replacement is unknown.
+    """
+    model, _, replacement = ablation.rpartition(":")
+    known = (NOTHING, CONVOLUTION, *ATTENTION)
+    if not model or replacement not in known:
+        raise ConfigError(f"ablation {ablation!r}; expected MODEL:ATTENTION; {suggest(replacement, known)}")
+    content: dict[str, Any] = yaml_model_load(resolve_model(model))
+    rows = [row for row in (*content["backbone"], *content["head"]) if row[2] == "LAT"]
+    if not rows:
+        raise ConfigError(f"ablation {ablation!r}: {model} has no LAT row to change")
+    for row in rows:
+        _replace(row, replacement)
+    stem = model.rpartition("/")[2].removesuffix(".yaml")
+    return f"{stem}-{replacement}", {key: value for key, value in content.items() if key not in ("scale", "yaml_file")}
+
+
+def _replace(row: list[Any], replacement: str) -> None:
+    """Change a ``LAT`` row in place."""
+    channels, *given = row[3]
+    options = [*given, *LAT_DEFAULTS[len(given) :]]
+    if replacement == NOTHING:
+        row[2:] = ["nn.Identity", []]
+    elif replacement == CONVOLUTION:
+        row[2:] = ["Bottleneck", [channels, True, 1, [3, 3], (4 + 2 * options[2]) / 18]]
+    else:
+        row[3] = [channels, options[0], replacement, *options[2:]]

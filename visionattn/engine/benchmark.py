@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from visionattn.config import DetectConfig
 from visionattn.data.files import write_text
-from visionattn.detection import load_detector, narrow_control
+from visionattn.detection import load_detector
 from visionattn.engine.train import train
 from visionattn.errors import ConfigError, VisionAttnError
 
@@ -92,14 +92,14 @@ def plan_runs(config: DetectConfig, models: Sequence[str], seeds: Sequence[int])
     return entries
 
 
-def write_controls(controls: Iterable[str], folder: Path) -> list[str]:
-    """Write the yamls of narrow controls, see :func:`~visionattn.detection.narrow_control`; returns their paths."""
+def write_models(models: Iterable[tuple[str, dict[str, Any]]], folder: Path) -> list[str]:
+    """Write yamls under their names; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for control in controls:
-        name, content = narrow_control(control)
-        paths.append(str(folder / f"{name}.yaml"))
-        write_text(Path(paths[-1]), yaml.safe_dump(content, sort_keys=False))
+    for name, content in models:
+        path = folder / f"{name}.yaml"
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
+        paths.append(str(path))
     return paths
 
 
