@@ -1,22 +1,36 @@
 """Train detectors under one recipe, several at once, and write how well they do.
 
 python tools/benchmark_detectors.py --config configs/detect/aquarium.yaml --model yolo-lat-n --model yolo26n.yaml \\
-    --seed 0 --seed 1 --seed 2 --jobs 4 --output results/aquarium_416/league.json
+    --control yolo26:0.15 --seed 0 --seed 1 --seed 2 --jobs 4 --output results/aquarium_416/league.json
+
+Runs that the report holds already are not done again. Latencies are measured by tools/profiler.py model, in one run for
+all; --latency puts its report beside.
 """
 
-import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 
-from visionattn.cli import run
+from visionattn.cli import check_output, publish, run
 from visionattn.config import DetectConfig, load_config
 from visionattn.detection import ablated, narrow_control
-from visionattn.engine.benchmark import Benchmark, Run, plan_runs, run_all, write_models
+from visionattn.engine.benchmark import (
+    Benchmark,
+    Run,
+    plan_runs,
+    read_benchmark,
+    recipe_of,
+    run_all,
+    write_models,
+)
 from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
+from visionattn.profiling.latency import LatencyReport, LatencyRow
+from visionattn.profiling.tables import Grid
 from visionattn.record import environment
 
 app = typer.Typer(add_completion=False)
@@ -25,38 +39,130 @@ app = typer.Typer(add_completion=False)
 @app.command(help=__doc__)
 def main(
     config: Annotated[Path, typer.Option(help="recipe that all share, see configs/detect/")],
-    model: Annotated[list[str], typer.Option(help="name, yaml or weights; repeatable")],
-    output: Annotated[Path, typer.Option(help="file of the report as JSON; a table and a picture beside it")],
+    output: Annotated[Path, typer.Option(help="file of the report as JSON; tables beside it, a picture if --latency")],
+    model: Annotated[list[str] | None, typer.Option(help="name, yaml or weights; repeatable")] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="a model of Ultralytics made as narrow, as yolo26:0.08; repeatable")
     ] = None,
     ablate: Annotated[
         list[str] | None,
-        typer.Option(
-            help="a model with something else for its attention, as yolo-lat-p:softmax, :conv, :none; repeatable"
-        ),
+        typer.Option(help="a model with another attention, as yolo-lat-p:softmax, or :conv, :none; repeatable"),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0 if left out")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at once")] = 1,
+    latency: Annotated[Path | None, typer.Option(help="report of tools/profiler.py model on the same models")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="change a key of the recipe: key.sub=value; repeatable")
     ] = None,
 ) -> None:
+    check_output(output)
     recipe = load_config(config, overrides or ())
     if not isinstance(recipe, DetectConfig):
         raise ConfigError(f"{config} is of task {recipe.task}; give one of configs/detect/")
-
-    def keep(runs: Sequence[Run]) -> None:
-        report = Benchmark(recipe=recipe.model_dump(mode="json"), runs=list(runs))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, json.loads(report.model_dump_json()) | {"environment": environment()})
-        print(f"{len(runs)} done", flush=True)
-
+    timed = read_latency(latency) if latency else []
+    before = read_benchmark(output, recipe)
     made = [*map(narrow_control, control or ()), *map(ablated, ablate or ())]
-    models = [*model, *write_models(made, recipe.output / "models")]
-    for done in run_all(plan_runs(recipe, models, seed or [0]), jobs, keep):
-        score = f"AP {done.scores['ap']:.4f} AP50 {done.scores['ap50']:.4f}" if done.scores else done.reason
-        print(f"{Path(done.model).stem:24} seed {done.seed} {(done.parameters or 0) / 1e6:.3f} M  {score}")
+    models = [*(model or ()), *write_models(made, recipe.output / "models")]
+    waiting = [entry for entry in plan_runs(recipe, models, seed or [0]) if not before.trained(entry)]
+    again = {(Path(entry.config.model).stem, entry.config.seed) for entry in waiting}
+    kept = [done for done in before.runs if (Path(done.model).stem, done.seed) not in again]
+
+    def keep(done: Sequence[Run]) -> None:
+        so_far = Benchmark(recipe=recipe_of(recipe), runs=[*kept, *done])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, so_far.model_dump(mode="json") | {"environment": environment()})
+        print(f"{len(done)} of {len(waiting)} trained", flush=True)
+
+    runs = kept + run_all(waiting, jobs, keep)
+    report = Benchmark(recipe=recipe_of(recipe), runs=runs)
+    publish("Detectors under one recipe", report, league_grids(runs, timed), output)
+    if timed:
+        draw(runs, timed, output.with_suffix(".png"))
+
+
+def read_latency(path: Path) -> list[LatencyRow]:
+    """Return the rows of a latency report that have times."""
+    try:
+        report = LatencyReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--latency {path} is no report of tools/profiler.py model") from error
+    return [row for row in report.rows if row.forward]
+
+
+def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Sort runs with scores by the name of their model, the best mean AP first."""
+    found: dict[str, list[Run]] = {}
+    for done in runs:
+        if done.scores:
+            found.setdefault(Path(done.model).stem, []).append(done)
+    return dict(sorted(found.items(), key=lambda item: -mean(item[1], "ap")))
+
+
+def mean(runs: Sequence[Run], score: str) -> float:
+    """Return the mean of a score over seeds."""
+    return statistics.fmean(done.scores[score] for done in runs)
+
+
+def times_of(stem: str, timed: Sequence[LatencyRow]) -> dict[str, float]:
+    """Return the fastest forward of a model, in milliseconds, by size, batch, precision and device."""
+    best: dict[str, float] = {}
+    for row in timed:
+        if row.forward and Path(row.model).stem == stem:
+            label = f"{row.size[0]} px, batch {row.batch}, {row.precision}, {row.device}"
+            best[label] = min(best.get(label, row.forward.median), row.forward.median)
+    return best
+
+
+def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]:
+    """Return a table a row a model, and one of what failed."""
+    models = by_model(runs)
+    labels = list(dict.fromkeys(label for stem in models for label in times_of(stem, timed)))
+    columns = [
+        "model",
+        "M parameters",
+        "AP",
+        "AP of seeds",
+        "AP50",
+        "AP S",
+        "AP M",
+        "AP L",
+        *(f"ms, {x}" for x in labels),
+    ]
+    rows = []
+    for stem, own in models.items():
+        times = times_of(stem, timed)
+        rows.append(
+            [
+                stem,
+                f"{(own[0].parameters or 0) / 1e6:.3f}",
+                f"{mean(own, 'ap'):.4f}",
+                ", ".join(f"{done.scores['ap']:.4f}" for done in sorted(own, key=lambda done: done.seed)),
+                *(f"{mean(own, key):.4f}" for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
+                *(f"{times[label]:.3f}" if label in times else "-" for label in labels),
+            ]
+        )
+    failed = [[Path(done.model).stem, str(done.seed), done.reason] for done in runs if not done.scores]
+    grids = [Grid("Average precision on the val split, and the fastest forward", columns, rows)]
+    return grids + ([Grid("Failed", ["model", "seed", "reason"], failed)] if failed else [])
+
+
+def draw(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) -> None:
+    """Draw AP over latency as a PNG, a panel a condition, a point a model, its area by its parameters."""
+    models = by_model(runs)
+    labels = list(dict.fromkeys(label for stem in models for label in times_of(stem, timed)))
+    figure = Figure(figsize=(6 * max(1, len(labels)), 5), layout="constrained")
+    for axes, label in zip(figure.subplots(1, max(1, len(labels)), squeeze=False)[0], labels, strict=False):
+        for stem, own in models.items():
+            time = times_of(stem, timed).get(label)
+            if time is not None:
+                colour = "tab:blue" if stem.startswith("yolo-lat") else "tab:grey"
+                axes.scatter(time, mean(own, "ap"), s=30 * (own[0].parameters or 0) / 1e6 + 10, color=colour)
+                axes.annotate(stem, (time, mean(own, "ap")), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", xlabel=f"ms forward, {label}", ylabel="AP50:95, mean of seeds")
+        axes.grid(alpha=0.3)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,16 @@ python tools/profiler.py ops --mechanism ela_hadamard --mechanism performer --to
 python tools/profiler.py compare results/ops/before.json results/ops/after.json --only graph
 """
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from visionattn.attention import ATTENTION
-from visionattn.cli import IMGSZ_HELP, run, size_of
+from visionattn.cli import IMGSZ_HELP, check_output, journal, publish, run, size_of
 from visionattn.data import calibration_images
-from visionattn.data.files import write_text
-from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError, suggest
 from visionattn.export.quantize import Calibration
 from visionattn.profiling import (
@@ -42,10 +38,8 @@ from visionattn.profiling import (
 from visionattn.profiling.entrants import FORMS, Form
 from visionattn.profiling.operations import MECHANISMS, TOKENS
 from visionattn.profiling.plots import draw_memory, draw_operations
-from visionattn.profiling.protocols import Keep, Result, keep_nothing
 from visionattn.profiling.steps import DTYPES, DType, device_of
 from visionattn.profiling.tables import (
-    Grid,
     engine_grid,
     fidelity_grids,
     latency_grids,
@@ -54,7 +48,6 @@ from visionattn.profiling.tables import (
     parity_grids,
     ratio_grids,
 )
-from visionattn.record import environment
 
 WEIGHTS = Path("weights/yolo-lat-n-aquarium.pt")
 
@@ -249,47 +242,6 @@ def known_dtype(name: str) -> DType:
         if dtype == name:
             return dtype
     raise ConfigError(f"precision {name!r}; {suggest(name, DTYPES)}")
-
-
-def check_output(path: Path | None) -> None:
-    """Refuse what cannot be written before anything is measured."""
-    if path and path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; give the name of a file, e.g. {path / 'report.json'}")
-    if path and path.suffix != ".json":
-        raise ConfigError(f"--output {path} is no .json file; tables are written beside it, as {path.stem}.md")
-
-
-def partial_of(path: Path) -> Path:
-    """Return where rows are written until a report is whole."""
-    return path.with_suffix(".partial.json")
-
-
-def journal(path: Path | None) -> Keep:
-    """Return what writes the rows so far, for a run that is cut short."""
-    if not path:
-        return keep_nothing
-
-    def keep(rows: Sequence[Result]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.loads(row.model_dump_json()) for row in rows]
-        write_json(partial_of(path), {"rows": kept, "environment": environment()})
-
-    return keep
-
-
-def publish(title: str, report: Result, grids: Iterable[Grid], path: Path | None) -> None:
-    """Write the report and what it depends on as JSON, and tables beside it; print these. The folder is made."""
-    grids = list(grids)
-    if path:
-        record = environment()
-        head = [f"# {title}", "", f"`{record['command']}` on {record['device']}, at commit {record['commit']}.", ""]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, json.loads(report.model_dump_json()) | {"environment": record})
-        write_text(path.with_suffix(".md"), "\n".join([*head, *(grid.markdown() for grid in grids)]))
-        partial_of(path).unlink(missing_ok=True)
-    Console().print(*(grid.rich() for grid in grids))
-    if path:
-        print(f"written: {path}, {path.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ Importing it makes our blocks known to Ultralytics' yaml parser. The import stan
 checkpoint is a pickle that imports the parents of the modules it names: loading one registers the blocks by itself.
 """
 
-from visionattn.detection.blocks import LAT, LATFeatures, LinearDetect, Rep
+from visionattn.detection.blocks import LAT, LATFeatures, LinearDetect, PredictionConv, Rep
 from visionattn.detection.registration import register
 
-register([LAT, LATFeatures, LinearDetect, Rep])
+register([LAT, LATFeatures, LinearDetect, Rep], parts=[PredictionConv])
 
 from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
 from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
-from visionattn.detection.model import MODELS, YOLOLAT, resolve_model, yolo_command  # noqa: E402
+from visionattn.detection.model import MODELS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
 from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
 from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
 
@@ -30,6 +30,7 @@ __all__ = [
     "build_detector",
     "check_options",
     "classes_and_size",
+    "fingerprint",
     "in_image",
     "letterbox",
     "load_detector",

@@ -1,10 +1,13 @@
 """YOLO-LAT: the model class and its packaged yamls."""
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ultralytics import YOLO
+from ultralytics.nn.tasks import yaml_model_load
 
 from visionattn.detection.trainer import LATTrainer
 from visionattn.errors import UnknownNameError, suggest
@@ -25,6 +28,20 @@ def resolve_model(model: str | Path) -> str:
     if name.startswith("yolo-lat") and not Path(model).exists():
         raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, MODELS)}")
     return str(model)
+
+
+def fingerprint(model: str) -> str:
+    """Return a digest of what a training begins with: the rows of a yaml, whatever its name, or the bytes of weights.
+
+    Raises:
+        UnknownNameError: as :func:`resolve_model`.
+        FileNotFoundError: there is no such file.
+    """
+    path = resolve_model(model)
+    if path.endswith(".pt"):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    content = {key: value for key, value in yaml_model_load(path).items() if key != "yaml_file"}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class YOLOLAT(YOLO):

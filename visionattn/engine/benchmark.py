@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict
 
 from visionattn.config import DetectConfig
 from visionattn.data.files import write_text
-from visionattn.detection import load_detector
+from visionattn.detection import fingerprint, load_detector
 from visionattn.engine.train import train
 from visionattn.errors import ConfigError, VisionAttnError
+from visionattn.record import environment
 
 LOSS_POINTS = 30
 """Points of a loss curve that a report keeps."""
@@ -30,6 +31,8 @@ class Run(BaseModel):
     Attributes:
         model: name, yaml or weights that it began with.
         seed: of the training.
+        fingerprint: of the model, see :func:`~visionattn.detection.fingerprint`.
+        commit: that it was trained at.
         parameters: with batch normalisation folded; of a head with two branches, those of one.
         scores: COCO metrics of its weights on the val split, by name.
         losses: epochs and the sum of training losses after each, some of them.
@@ -40,6 +43,8 @@ class Run(BaseModel):
 
     model: str
     seed: int
+    fingerprint: str = ""
+    commit: str | None = None
     parameters: int | None = None
     scores: dict[str, Any] = {}
     losses: list[tuple[int, float]] = []
@@ -59,6 +64,12 @@ class Benchmark(BaseModel):
     recipe: dict[str, Any]
     runs: list[Run]
 
+    def trained(self, entry: "Entry") -> Run | None:
+        """Return the run of an entry if it is here, with scores, of the same model."""
+        digest, stem = fingerprint(entry.config.model), Path(entry.config.model).stem
+        known = (run for run in self.runs if (Path(run.model).stem, run.seed) == (stem, entry.config.seed))
+        return next((run for run in known if run.scores and run.fingerprint == digest), None)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -71,6 +82,31 @@ class Entry:
 
     config: DetectConfig
     log: Path
+
+
+def recipe_of(config: DetectConfig) -> dict[str, Any]:
+    """Return what the runs of a benchmark share; of the data, the name of its folder, wherever that is."""
+    shared = config.model_dump(mode="json", exclude={"model", "seed", "name", "output", "device", "workers"})
+    return shared | {"data": Path(config.data).parent.name or config.data}
+
+
+def read_benchmark(path: Path, config: DetectConfig) -> Benchmark:
+    """Read a report to go on with, or begin one if there is none.
+
+    Raises:
+        ConfigError: it is no such report, or one of another recipe.
+    """
+    recipe = recipe_of(config)
+    if not path.exists():
+        return Benchmark(recipe=recipe, runs=[])
+    try:
+        report = Benchmark.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no report of a benchmark; choose another --output") from error
+    changed = [key for key in recipe if report.recipe.get(key) != recipe[key]]
+    if changed:
+        raise ConfigError(f"{path} is of another recipe ({', '.join(changed)} differ); choose another --output")
+    return report
 
 
 def plan_runs(config: DetectConfig, models: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
@@ -142,6 +178,8 @@ def run_one(entry: Entry) -> Run:
     return Run(
         model=config.model,
         seed=config.seed,
+        fingerprint=fingerprint(config.model),
+        commit=environment()["commit"],
         parameters=sum(parameter.numel() for parameter in network.fuse(verbose=False).parameters()),
         scores=result.metrics,
         losses=list(_thinned(_losses(result.folder / "results.csv"))),
