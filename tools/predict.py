@@ -1,6 +1,7 @@
 """Find objects in pictures, a video or a camera's stream, or classify them, and write them with the result drawn in.
 
-python tools/predict.py --weights runs/detect/digits/weights/best.pt --source clip.mp4
+python tools/predict.py --source clip.mp4
+python tools/predict.py --weights runs/detect/digits/weights/best.pt --source 0 --show
 """
 
 from pathlib import Path
@@ -17,8 +18,10 @@ app = typer.Typer(add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    weights: Annotated[Path, typer.Option(help="a .pt detector, a .safetensors classifier, or an exported file")],
     source: Annotated[str, typer.Option(help="picture, folder, video or gif, camera such as 0, or embedded set")],
+    weights: Annotated[
+        str, typer.Option(help="a .pt detector, a .safetensors classifier, an exported file, or a name of weights/")
+    ] = "yolo-lat-n-aquarium",
     output: Annotated[Path | None, typer.Option(help="folder to write into; runs/predict/NAME if left out")] = None,
     show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
     conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,

@@ -13,7 +13,7 @@ from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E4
 from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
-from visionattn.detection.model import MODELS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
+from visionattn.detection.model import MODELS, WEIGHTS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
 from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
 from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
 
@@ -21,6 +21,7 @@ __all__ = [
     "LAT",
     "MODELS",
     "NMS",
+    "WEIGHTS",
     "YOLOLAT",
     "DetectionNetwork",
     "LATFeatures",

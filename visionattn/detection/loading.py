@@ -12,7 +12,7 @@ from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from ultralytics.nn import tasks
 
-from visionattn.detection.model import YOLOLAT
+from visionattn.detection.model import YOLOLAT, resolve_model
 from visionattn.errors import WeightsError
 
 _SWITCH = "ULTRALYTICS_SAFE_LOAD"
@@ -22,13 +22,13 @@ def load_detector(weights: str | Path, trust: bool = False) -> YOLOLAT:
     """Load a ``.pt`` detector without running code that a stranger put into it.
 
     Args:
-        weights: checkpoint written by Ultralytics' trainer.
+        weights: checkpoint written by Ultralytics' trainer, or the name of weights in :data:`WEIGHTS`.
         trust: load it as a plain pickle, which may run any code; for files of your own that name foreign classes.
 
     Raises:
         WeightsError: missing, damaged, no detector, or in need of classes that are not known to be safe.
     """
-    weights = Path(weights)
+    weights = Path(resolve_model(weights))
     read_checkpoint(weights, trust)
     try:
         with restricted(not trust):

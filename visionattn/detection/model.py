@@ -16,8 +16,14 @@ MODELS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parent / "m
 """Packaged model yamls by name."""
 
 
+WEIGHTS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parents[2] / "weights").glob("*.pt"))}
+"""Trained weights of the repository by name; none where only the package is installed."""
+
+
 def resolve_model(model: str | Path) -> str:
-    """Return the path of a packaged model (``yolo-lat-n``, with or without ``.yaml``), anything else as it is.
+    """Return the path of a packaged model (``yolo-lat-n``, with or without ``.yaml``) or of weights by name.
+
+    Anything else is returned as it is.
 
     Raises:
         UnknownNameError: the name begins like one of ours, but there is neither such a model nor such a file.
@@ -25,8 +31,10 @@ def resolve_model(model: str | Path) -> str:
     name = str(model).removesuffix(".yaml")
     if name in MODELS:
         return str(MODELS[name])
+    if name in WEIGHTS and not Path(model).exists():
+        return str(WEIGHTS[name])
     if name.startswith("yolo-lat") and not Path(model).exists():
-        raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, MODELS)}")
+        raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, (*MODELS, *WEIGHTS))}")
     return str(model)
 
 
@@ -48,7 +56,8 @@ class YOLOLAT(YOLO):
     """``ultralytics.YOLO`` that knows our models by name and trains with checkpoints that survive a kill.
 
     Args:
-        model: a packaged name (``yolo-lat-n``), a model yaml, a ``.pt`` checkpoint or an exported model.
+        model: a packaged name (``yolo-lat-n``) or that of weights (``yolo-lat-n-aquarium``), a model yaml, a ``.pt``
+            checkpoint or an exported model.
         task: as in Ultralytics; found out from the model if None.
         verbose: print the model's summary.
     """

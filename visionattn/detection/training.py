@@ -10,7 +10,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS
 from ultralytics.utils.torch_utils import select_device
 
 from visionattn.detection.loading import load_detector, read_checkpoint, restricted
-from visionattn.detection.model import MODELS, YOLOLAT
+from visionattn.detection.model import MODELS, YOLOLAT, resolve_model
 from visionattn.detection.trainer import TRAINERS, recover, strip
 from visionattn.errors import ConfigError, VisionAttnError, suggest
 
@@ -45,10 +45,10 @@ def build_detector(model: str, trust: bool = False) -> YOLOLAT:
         ConfigError: no such model, or its yaml is wrong.
         WeightsError: as :func:`visionattn.detection.load_detector`.
     """
-    suffix = Path(model).suffix.lower()
+    suffix = Path(resolve_model(model)).suffix.lower()
     if suffix == ".pt":
         return load_detector(model, trust)
-    if suffix not in (".yaml", ".yml") and not model.startswith("yolo-lat"):
+    if suffix not in (".yaml", ".yml"):
         raise ConfigError(f"model {model!r}; expected one of {', '.join(MODELS)}, a model yaml or a .pt file")
     try:
         with restricted(not trust):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionattn.detection import in_image, suppress
+from visionattn.detection import in_image, resolve_model, suppress
 from visionattn.errors import ConfigError, WeightsError
 from visionattn.export.formats import format_of
 from visionattn.export.info import ModelInfo, Task, size_text
@@ -136,9 +136,9 @@ def load_runner(
     """Load weights or an exported file by its suffix.
 
     Args:
-        weights: a ``.pt`` detector or ``.safetensors`` classifier that training wrote, or a file of
-            ``tools/export.py``: ``.onnx``, ``_openvino_model``, ``.engine``, ``.rtx.engine``, ``.torchscript``,
-            ``.pt2``.
+        weights: a ``.pt`` detector or ``.safetensors`` classifier that training wrote, a name in
+            :data:`visionattn.detection.WEIGHTS`, or a file of ``tools/export.py``: ``.onnx``, ``_openvino_model``,
+            ``.engine``, ``.rtx.engine``, ``.torchscript``, ``.pt2``.
         device: ``cpu``, ``0`` or ``cuda:0``, ``mps``; empty: the best there is.
         imgsz: side, or (H, W), of the network input in pixels, rounded up to the stride; None: as trained or exported.
             A classifier's weights and files of a fixed size run at their own size only.
@@ -187,7 +187,7 @@ def runner_of(
 
 def open_session(path: Path, place: Place | None = None, trust: bool = False) -> Session:
     """Load weights or an exported file as a bare network; arguments and errors as :func:`load_runner`."""
-    place = place or Place()
+    path, place = Path(resolve_model(path)), place or Place()
     found = None if path.suffix in WEIGHTS else format_of(path)
     if found is None:
         torch_device(place.device)
