@@ -47,6 +47,8 @@ def test_overrides(tmp_path: Path) -> None:
         (DETECT, ["epochs=many"], r"epochs: got 'many', input should be a valid integer"),
         (DETECT, ["epochs=0"], r"epochs: got 0, .*greater than or equal to 1"),
         (DETECT, ["epochs"], r"--set epochs: expected key\.sub=value"),
+        (DETECT + "loader: gpu\n", [], r"loader: got 'gpu', input should be 'workers' or 'device'"),
+        (CLASSIFY + "loader: device\n", [], r"unknown key loader"),
         (DETECT, ["epochs.x=1"], r"epochs is a value|epochs: got \{'x': 1\}"),
         (DETECT, ["model.x=1"], r"model is a value, not a mapping"),
         (DETECT, ["task=segment"], r"task: got 'segment', expected detect or classify"),

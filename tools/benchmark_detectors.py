@@ -103,6 +103,11 @@ def mean(runs: Sequence[Run], score: str) -> float:
     return statistics.fmean(done.scores[score] for done in runs)
 
 
+def shown(runs: Sequence[Run], score: str) -> str:
+    """Return the mean of a score over seeds, or a dash where the val split has no objects of that size."""
+    return "-" if any(done.scores[score] is None for done in runs) else f"{mean(runs, score):.4f}"
+
+
 def times_of(stem: str, timed: Sequence[LatencyRow]) -> dict[str, float]:
     """Return the fastest forward of a model, in milliseconds, by size, batch, precision and device."""
     best: dict[str, float] = {}
@@ -137,7 +142,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
                 f"{(own[0].parameters or 0) / 1e6:.3f}",
                 f"{mean(own, 'ap'):.4f}",
                 ", ".join(f"{done.scores['ap']:.4f}" for done in sorted(own, key=lambda done: done.seed)),
-                *(f"{mean(own, key):.4f}" for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
+                *(shown(own, key) for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
                 *(f"{times[label]:.3f}" if label in times else "-" for label in labels),
             ]
         )

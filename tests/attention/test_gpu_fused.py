@@ -1,8 +1,11 @@
 """Fused kernels on a GPU: accuracy, the same bits twice, and all that PyTorch does around an operator."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from visionattn.attention import ATTENTION, Attention
@@ -206,3 +209,48 @@ def test_second_derivative(name: str) -> None:
     found = penalty(layer, x, "fused")
     truth = penalty(layer.double(), x.double(), "eager")
     assert error(found, truth) < 2e-2
+
+
+class Small(torch.nn.Module):
+    """Projections around an attention."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = torch.nn.Linear(32, 3 * 128)
+        self.attention = ATTENTION[name](128, 2, projections=False)
+        self.out = torch.nn.Linear(128, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(self.into(x)))
+
+
+def step(module: torch.nn.Module, x: Tensor, half: bool) -> None:
+    """Give each parameter its gradient, by fused kernels."""
+    with switch.kernels("fused"), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        module(x).float().square().mean().backward()
+
+
+def train_share(rank: int, name: str, half: bool, x: Tensor, folder: str) -> None:
+    """Do one step on every second image, in a process of its own, and keep the gradients."""
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    module = DistributedDataParallel(Small(name).cuda())
+    step(module, x[rank::2].cuda(), half)
+    gradients = {key: parameter.grad.cpu() for key, parameter in module.module.named_parameters()}
+    torch.save(gradients, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "half"), [("ela_hadamard", False), ("ela_sum", False), ("ela_hadamard", True),
+                                            ("dark", True)])  # fmt: skip
+def test_two_processes_train_as_one(name: str, half: bool, tmp_path: Path) -> None:
+    x = torch.randn(4, 300, 32)
+    torch.multiprocessing.spawn(train_share, (name, half, x, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = Small(name).cuda()
+    step(whole, x.cuda(), half)
+    for key, parameter in whole.named_parameters():
+        assert torch.equal(first[key], second[key]), key
+        assert parameter.grad.norm() > 0, key
+        assert error(first[key], parameter.grad.cpu().double()) < (1e-2 if half else 1e-5), key

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from visionattn.attention import ATTENTION
-from visionattn.detection import LAT
+from visionattn.detection import LAT, MODELS, YOLOLAT, Rep
 from visionattn.errors import ConfigError, UnknownNameError
 
 
@@ -49,3 +49,35 @@ class ZeroBranch(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         return torch.zeros_like(x[..., : self.width] if self.width else x)
+
+
+def test_neither_perceptron_nor_local_part() -> None:
+    torch.manual_seed(0)
+    block = LAT(16, head_dim=8, mlp_ratio=0, kernel_size=0).double().eval()
+    nn.init.normal_(block.proj.bn.weight)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    q, k, v = (part.flatten(2).unflatten(1, (2, 8)).transpose(-2, -1) for part in block.qkv(x).split(16, 1))
+    mixed = block.attention.reference(q, k, v).transpose(-2, -1).reshape(2, 16, 5, 7)
+    torch.testing.assert_close(block(x), x + block.proj(mixed), rtol=1e-10, atol=1e-10)
+    assert {name.partition(".")[0] for name, _ in block.named_parameters()} == {"qkv", "proj"}
+
+
+def test_rep_is_three_branches_and_one_after_fusing() -> None:
+    torch.manual_seed(0)
+    network = YOLOLAT(MODELS["yolo-lat-n"]).model  # for Ultralytics' fuse()
+    block = Rep(12)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    network.model[1] = block.double().eval()
+    x = torch.randn(2, 12, 9, 7, dtype=torch.float64)
+    branches = block.conv1.bn(block.conv1.conv(x)), block.conv2.bn(block.conv2.conv(x)), block.bn(x)
+    assert [conv.conv.kernel_size for conv in (block.conv1, block.conv2)] == [(3, 3), (1, 1)]
+    expected = nn.functional.silu(sum(branches))
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+    assert network.fuse(verbose=False).model[1] is block
+    torch.testing.assert_close(block(x), expected, rtol=1e-6, atol=1e-6)  # Ultralytics adds up in float32
+    assert sum(p.numel() for p in block.parameters()) == 12 * 12 * 9 + 12

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.detection.conftest import FAST
+from tests.detection.test_head import tiny
 from visionattn.detection import YOLOLAT, build_detector, train_detector, trainer
 from visionattn.detection.loading import read_checkpoint
 
@@ -122,3 +124,79 @@ def test_a_kill_between_the_two_checkpoints_keeps_the_best(
             train_detector(build_detector("yolo-lat-n"), tmp_path, data=str(tiny_data), epochs=1, **FAST)
     best = train_detector(build_detector("yolo-lat-n"), tmp_path, data=str(tiny_data), epochs=1, **FAST)
     assert read_checkpoint(best)["epoch"] == -1
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Epochs whose checkpoints were written."""
+    epochs: list[int] = []
+    stock = trainer.DetectionTrainer.save_model
+
+    def note(self: trainer.LATTrainer) -> bool:
+        epochs.append(self.epoch + 1)
+        return stock(self)
+
+    monkeypatch.setattr(trainer.DetectionTrainer, "save_model", note)
+    return epochs
+
+
+MANY = 8
+
+
+def train_short_epochs(folder: Path, data: Path, val: bool = False) -> Path:
+    model = str(tiny(folder.parent))
+    options = {"data": str(data), "epochs": MANY, "val": val, **FAST}
+    return train_detector(build_detector(model), folder, **options)
+
+
+def test_short_epochs_that_are_not_scored_are_saved_now_and_then(
+    tiny_data: Path, tmp_path: Path, saved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last: list[float] = []
+    stock = trainer.LATTrainer.final_eval
+
+    def look(self: trainer.LATTrainer) -> None:
+        last.append(read_checkpoint(self.last)["epoch"])
+        stock(self)
+
+    monkeypatch.setattr(trainer.LATTrainer, "final_eval", look)
+    best = train_short_epochs(tmp_path / "run", tiny_data)
+    assert saved == [1, MANY]
+    assert last == [MANY - 1], "the weights are those of the last epoch"
+    assert epochs_logged(tmp_path / "run") == list(range(1, MANY + 1))
+    assert read_checkpoint(best)["epoch"] == -1
+
+
+@pytest.mark.parametrize(("val", "every"), [(True, trainer.SAVE_EVERY), (False, 0.0)])
+def test_scored_epochs_and_long_ones_are_all_saved(
+    tiny_data: Path, tmp_path: Path, saved: list[int], monkeypatch: pytest.MonkeyPatch, val: bool, every: float
+) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY", every)
+    train_short_epochs(tmp_path / "run", tiny_data, val)
+    assert saved == list(range(1, MANY + 1))
+
+
+def test_a_kill_between_saved_epochs(
+    tiny_data: Path, tmp_path: Path, saved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 8))  # every third epoch is saved
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        stock = trainer.LATTrainer.save_model
+
+        def die(self: trainer.LATTrainer) -> bool:
+            if self.epoch + 1 == 6:
+                raise KeyboardInterrupt
+            return stock(self)
+
+        patch.setattr(trainer.LATTrainer, "save_model", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_short_epochs(tmp_path / "run", tiny_data)
+    done = saved[-1]
+    assert 1 < done < 5
+    assert read_checkpoint(tmp_path / "run" / "weights" / "last.pt")["epoch"] + 1 == done
+    assert epochs_logged(tmp_path / "run") == list(range(1, 7))
+    saved.clear()
+    train_short_epochs(tmp_path / "run", tiny_data)
+    assert saved == [done + 1, MANY], "it went on after the last checkpoint"
+    assert epochs_logged(tmp_path / "run") == list(range(1, MANY + 1))

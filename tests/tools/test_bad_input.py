@@ -17,6 +17,7 @@ from tests.data.conftest import truncate
 from tests.tools.conftest import TOOLS
 from visionattn.data.scenes import make_scenes
 from visionattn.detection import MODELS
+from visionattn.detection.device_loader import UNSUPPORTED
 
 
 class Code:
@@ -103,6 +104,38 @@ def refused(call, place, name, *arguments):
 def test_training_a_detector_refuses(call, place, override, message):
     error = refused(call, place, "train", "--config", "c.yaml", "--set", override)
     assert re.search(message, error, re.DOTALL)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_batches_made_on_the_device_know_fewer_options(call, place, name):
+    overrides = ("--set", "loader=device", "--set", f"ultralytics.{name}={'true' if name == 'rect' else 0.001}")
+    error = refused(call, place, "train", "--config", "c.yaml", *overrides)
+    assert error == f"loader: device does no {name}; set them to 0, or take loader: workers\n"
+
+
+def test_batches_made_on_the_device_know_no_albumentations(call, place):
+    overrides = ("--set", "loader=device", "--set", "augment=[{ToGray: {p: 0.5}}]", "--set", "ultralytics.mixup=0.5")
+    error = refused(call, place, "train", "--config", "c.yaml", *overrides)
+    assert error.startswith("loader: device does no mixup, augment; ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "yolo-lat-p", "--model", "else/yolo-lat-p.yaml"], "models share the names yolo-lat-p; give each"),
+        (["--model", "yolo-lat-p", "--seed", "1", "--seed", "1"], "got the seeds 1, 1; give each once"),
+        (["--control", "yolo26:slim"], "control 'yolo26:slim'; expected a family of Ultralytics and a width"),
+        (["--model", "yolo-lat-q"], "unknown model 'yolo-lat-q'"),
+        (["--model", "missing.yaml"], "missing.yaml"),
+        (["--model", "yolo-lat-p", "--set", "epoch=3"], "unknown key epoch"),
+        (["--model", "yolo-lat-p", "--set", "task=classify"], "unknown key"),
+    ],
+)
+def test_a_benchmark_that_cannot_begin(call, place, arguments, message):
+    (place / "else").mkdir()
+    shutil.copyfile(MODELS["yolo-lat-p"], place / "else" / "yolo-lat-p.yaml")
+    error = refused(call, place, "benchmark_detectors", "--config", "c.yaml", *arguments, "--output", "league.json")
+    assert message in error
 
 
 def test_training_that_cannot_begin_leaves_no_run_folder(call, place):

@@ -70,6 +70,18 @@ class Rep(RepConv):
         super().__init__(c, c, act=Conv.default_act, bn=True)
 
 
+class PredictionConv(nn.Conv2d):
+    """A last convolution of a head's branch that is its first, too.
+
+    When Ultralytics loads weights, it asks the first block of each branch for the convolution inside.
+    """
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution itself."""
+        return self
+
+
 class _AsDetect(type):
     """Makes a class equal to Ultralytics' ``Detect``, by which its parser knows what a head is to be given."""
 
@@ -94,8 +106,8 @@ class LinearDetect(Detect, metaclass=_AsDetect):
 
     def __init__(self, nc: int = 80, reg_max: int = 1, end2end: bool = False, ch: Sequence[int] = ()) -> None:
         super().__init__(nc, reg_max, False, ch)
-        self.cv2 = nn.ModuleList(nn.Sequential(nn.Conv2d(c, 4 * reg_max, 1)) for c in ch)
-        self.cv3 = nn.ModuleList(nn.Sequential(nn.Conv2d(c, nc, 1)) for c in ch)
+        self.cv2 = nn.ModuleList(nn.Sequential(PredictionConv(c, 4 * reg_max, 1)) for c in ch)
+        self.cv3 = nn.ModuleList(nn.Sequential(PredictionConv(c, nc, 1)) for c in ch)
         if end2end:
             self.one2one_cv2, self.one2one_cv3 = copy.deepcopy(self.cv2), copy.deepcopy(self.cv3)
 

@@ -1,5 +1,6 @@
 """Honest controls: Ultralytics' detectors made as narrow, and ours with something else in place of their attention."""
 
+import math
 from typing import Any
 
 from ultralytics.nn.tasks import yaml_model_load
@@ -30,7 +31,7 @@ def narrow_control(control: str) -> tuple[str, dict[str, Any]]:
         depth, _, most = content["scales"]["n"]
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ConfigError(f"control {control!r}; expected a family of Ultralytics and a width: yolo26:0.09") from error
-    if not width > 0:
+    if not 0 < width < math.inf:
         raise ConfigError(f"control {control!r}: expected a width above 0")
     shared = {key: value for key, value in content.items() if key not in ("scale", "yaml_file")}
     return f"{family}n-width{width:g}", shared | {"scales": {"n": [depth, width, most]}, "reg_max": 1}

@@ -57,7 +57,7 @@ class DeviceLoader:
         world: how many processes share an epoch.
 
     Raises:
-        ConfigError: an option asks for an augmentation that is not done here.
+        ConfigError: an option asks for an augmentation that is not done here, or the images do not fit.
     """
 
     num_workers = 0
@@ -80,12 +80,14 @@ class DeviceLoader:
     def __len__(self) -> int:
         return math.ceil(len(self.sampler) / self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         rank = self.sampler.rank
         self.generator.manual_seed((int(self.options.seed) * 1_000_003 + self.epoch) * 64 + rank)
-        order = self.sampler.order(self.epoch).to(self.device)
-        for chosen in torch.split(order, self.batch_size):
-            yield self._batch(chosen)
+        order = self.sampler.order(self.epoch)
+        files = [self.dataset.im_files[index] for index in order.tolist()]
+        for number, chosen in enumerate(torch.split(order.to(self.device), self.batch_size)):
+            start = number * self.batch_size
+            yield self._batch(chosen) | {"im_file": files[start : start + len(chosen)]}
 
     def reset(self) -> None:
         """Stop laying mosaics: Ultralytics calls this when the last epochs begin."""
@@ -125,7 +127,9 @@ class DeviceLoader:
     def _draw_matrices(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw rotation, scale, shear and translation about the middle of the plane, and flips."""
         options, side = self.options, self.imgsz
-        scale = 1 + self._spread(count) * options.scale
+        one = isinstance(options.scale, (int, float))
+        least, most = (1 - options.scale, 1 + options.scale) if one else options.scale
+        scale = least + (most - least) * self._uniform(count)
         angle = torch.deg2rad(self._spread(count) * options.degrees)
         cosine, sine = scale * angle.cos(), scale * angle.sin()
         turn = torch.stack([cosine, sine, -sine, cosine], -1).view(-1, 2, 2)
@@ -275,6 +279,13 @@ def recoloured(pixels: Tensor, gains: Tensor) -> Tensor:
 
 def _load_images(dataset: Any, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Read images as Ultralytics does, longest side at ``side`` pixels: (N, side, side, 3) RGB, and (N, 2) sizes."""
+    need = len(dataset) * side * side * 3
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else need
+    if need > room:
+        raise ConfigError(
+            f"loader: device would hold {len(dataset)} images in {need / 1e9:.1f} GB of {device}, and half of what is free "
+            f"is {room / 1e9:.1f}; take loader: workers"
+        )
     images = torch.full((len(dataset), side, side, 3), PAD, dtype=torch.uint8)
     sizes = torch.zeros(len(dataset), 2)
     for index in range(len(dataset)):

@@ -43,7 +43,7 @@ class DetectionNetwork(nn.Module):
         if half:
             self.model.half()
             head.dfl.float()
-            for branches in (head.cv2, head.cv3):
+            for branches in (head.one2one if head.end2end else head.one2many).values():
                 for index, branch in enumerate(branches):
                     branches[index] = nn.Sequential(*branch, _Widen())
 

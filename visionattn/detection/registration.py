@@ -12,8 +12,8 @@ from visionattn.attention import ATTENTION
 from visionattn.ops import slay
 
 
-def register(blocks: Iterable[type[nn.Module]]) -> None:
-    """Make ``blocks`` usable by name in a model yaml, and loadable with everything they hold.
+def register(blocks: Iterable[type[nn.Module]], parts: Iterable[type[nn.Module]] = ()) -> None:
+    """Make ``blocks`` usable by name in a model yaml, and loadable with everything they hold, such as ``parts``.
 
     Raises:
         RuntimeError: Ultralytics already has another class of that name.
@@ -25,7 +25,7 @@ def register(blocks: Iterable[type[nn.Module]]) -> None:
         setattr(tasks, block.__name__, block)
     maps = [features for _, features in slay.POLYNOMIALS.values()]  # a SlayAttention holds one
     named: Any = [(block, f"{block.__module__}.{block.__name__}") for block in blocks]  # equal classes are told apart
-    torch.serialization.add_safe_globals([*named, *ATTENTION.values(), *maps])
+    torch.serialization.add_safe_globals([*named, *parts, *ATTENTION.values(), *maps])
     default_callbacks["on_pretrain_routine_start"].append(_known_in_workers)
 
 

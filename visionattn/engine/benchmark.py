@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from visionattn.config import DetectConfig
 from visionattn.data.files import write_text
 from visionattn.detection import fingerprint, load_detector
 from visionattn.engine.train import train
-from visionattn.errors import ConfigError, VisionAttnError
+from visionattn.errors import ConfigError
 from visionattn.record import environment
 
 LOSS_POINTS = 30
@@ -113,12 +114,14 @@ def plan_runs(config: DetectConfig, models: Sequence[str], seeds: Sequence[int])
     """Return a training for each model and seed, in folders named after the recipe, the model and the seed.
 
     Raises:
-        ConfigError: two models would share a folder.
+        ConfigError: two trainings would share a folder.
     """
     stems = [Path(model).stem for model in models]
     double = {stem for stem in stems if stems.count(stem) > 1}
     if double:
         raise ConfigError(f"models share the names {', '.join(sorted(double))}; give each yaml a name of its own")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"got the seeds {', '.join(map(str, seeds))}; give each once")
     entries = []
     for seed in seeds:
         for model, stem in zip(models, stems, strict=True):
@@ -169,7 +172,8 @@ def run_one(entry: Entry) -> Run:
             os.dup2(log.fileno(), stream.fileno())
     try:
         result = train(config, resume=True)
-    except (VisionAttnError, RuntimeError, OSError) as error:
+    except Exception as error:  # the others go on; the log has the rest
+        traceback.print_exc()
         return Run(model=config.model, seed=config.seed, reason=f"{type(error).__name__}: {error} (see {entry.log})")
     finally:
         if torch.cuda.is_available():
