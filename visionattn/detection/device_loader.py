@@ -283,8 +283,8 @@ def _load_images(dataset: Any, side: int, device: torch.device) -> tuple[Tensor,
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else need
     if need > room:
         raise ConfigError(
-            f"loader: device would hold {len(dataset)} images in {need / 1e9:.1f} GB of {device}, and half of what is free "
-            f"is {room / 1e9:.1f}; take loader: workers"
+            f"loader: device would hold {len(dataset)} images in {need / 1e9:.1f} GB of {device}, and half of what is "
+            f"free is {room / 1e9:.1f}; take loader: workers"
         )
     images = torch.full((len(dataset), side, side, 3), PAD, dtype=torch.uint8)
     sizes = torch.zeros(len(dataset), 2)

@@ -41,8 +41,8 @@ class LATTrainer(DetectionTrainer):
     def save_model(self) -> bool:
         """Save ``last.pt`` and ``best.pt`` under other names, then move them into place.
 
-        Where no epoch is scored, and so none is the best, not more often than every :data:`SAVE_EVERY` seconds: of
-        small networks on small sets, saving would take a fourth of the training.
+        Where no epoch is scored, and so none is the best, not more often than every :data:`SAVE_EVERY` seconds: an
+        epoch of a small network on a small set is not much longer than saving it.
         """
         scored = self.args.val or self.epoch + 1 >= self.epochs or self.stop
         if not scored and time.monotonic() - self._saved < SAVE_EVERY:
