@@ -8,7 +8,7 @@ all; --latency puts its report beside.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from visionattn.engine.benchmark import (
 from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
 from visionattn.profiling.latency import LatencyReport, LatencyRow
+from visionattn.profiling.plots import save_figure
 from visionattn.profiling.tables import Grid
 from visionattn.record import environment
 
@@ -64,20 +65,21 @@ def main(
     made = [*map(narrow_control, control or ()), *map(ablated, ablate or ())]
     models = [*(model or ()), *write_models(made, recipe.output / "models")]
     waiting = [entry for entry in plan_runs(recipe, models, seed or [0]) if not before.trained(entry)]
-    again = {(Path(entry.config.model).stem, entry.config.seed) for entry in waiting}
-    kept = [done for done in before.runs if (Path(done.model).stem, done.seed) not in again]
+    again = {entry.key for entry in waiting}
+    kept = [done for done in before.runs if done.key not in again]
+
+    def report(done: Sequence[Run]) -> Benchmark:
+        return Benchmark(recipe=recipe_of(recipe), runs=[*kept, *done])
 
     def keep(done: Sequence[Run]) -> None:
-        so_far = Benchmark(recipe=recipe_of(recipe), runs=[*kept, *done])
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, so_far.model_dump(mode="json") | {"environment": environment()})
+        write_json(output, report(done).model_dump(mode="json") | {"environment": environment()})
         print(f"{len(done)} of {len(waiting)} trained", flush=True)
 
-    runs = kept + run_all(waiting, jobs, keep)
-    report = Benchmark(recipe=recipe_of(recipe), runs=runs)
-    publish("Detectors under one recipe", report, league_grids(runs, timed), output)
+    whole = report(run_all(waiting, jobs, keep))
+    publish("Detectors under one recipe", whole, league_grids(whole.runs, timed), output)
     if timed:
-        draw(runs, timed, output.with_suffix(".png"))
+        draw(whole.runs, timed, output.with_suffix(".png"))
 
 
 def read_latency(path: Path) -> list[LatencyRow]:
@@ -94,7 +96,7 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for done in runs:
         if done.scores:
-            found.setdefault(Path(done.model).stem, []).append(done)
+            found.setdefault(done.key[0], []).append(done)
     return dict(sorted(found.items(), key=lambda item: -mean(item[1], "ap")))
 
 
@@ -118,21 +120,17 @@ def times_of(stem: str, timed: Sequence[LatencyRow]) -> dict[str, float]:
     return best
 
 
+def conditions(models: Iterable[str], timed: Sequence[LatencyRow]) -> list[str]:
+    """Return under which conditions some of the models were timed."""
+    return list(dict.fromkeys(label for stem in models for label in times_of(stem, timed)))
+
+
 def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]:
     """Return a table a row a model, and one of what failed."""
     models = by_model(runs)
-    labels = list(dict.fromkeys(label for stem in models for label in times_of(stem, timed)))
-    columns = [
-        "model",
-        "M parameters",
-        "AP",
-        "AP of seeds",
-        "AP50",
-        "AP S",
-        "AP M",
-        "AP L",
-        *(f"ms, {x}" for x in labels),
-    ]
+    labels = conditions(models, timed)
+    scores = ("M parameters", "AP", "AP of seeds", "AP50", "AP S", "AP M", "AP L")
+    columns = ["model", *scores, *(f"ms, {label}" for label in labels)]
     rows = []
     for stem, own in models.items():
         times = times_of(stem, timed)
@@ -146,7 +144,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
                 *(f"{times[label]:.3f}" if label in times else "-" for label in labels),
             ]
         )
-    failed = [[Path(done.model).stem, str(done.seed), done.reason] for done in runs if not done.scores]
+    failed = [[done.key[0], str(done.seed), done.reason] for done in runs if not done.scores]
     grids = [Grid("Average precision on the val split, and the fastest forward", columns, rows)]
     return grids + ([Grid("Failed", ["model", "seed", "reason"], failed)] if failed else [])
 
@@ -154,7 +152,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
 def draw(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) -> None:
     """Draw AP over latency as a PNG, a panel a condition, a point a model, its area by its parameters."""
     models = by_model(runs)
-    labels = list(dict.fromkeys(label for stem in models for label in times_of(stem, timed)))
+    labels = conditions(models, timed)
     figure = Figure(figsize=(6 * max(1, len(labels)), 5), layout="constrained")
     for axes, label in zip(figure.subplots(1, max(1, len(labels)), squeeze=False)[0], labels, strict=False):
         for stem, own in models.items():
@@ -165,9 +163,7 @@ def draw(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) -> None:
                 axes.annotate(stem, (time, mean(own, "ap")), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", xlabel=f"ms forward, {label}", ylabel="AP50:95, mean of seeds")
         axes.grid(alpha=0.3)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

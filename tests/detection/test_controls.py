@@ -13,11 +13,14 @@ from visionattn.detection import LAT, ablated, build_detector, narrow_control
 from visionattn.errors import ConfigError, VisionAttnError
 
 
-def built(control: str, folder: Path) -> Any:
-    name, content = narrow_control(control)
+def read_back(name: str, content: dict[str, Any], folder: Path) -> Any:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return build_detector(str(path)).model
+
+
+def built(control: str, folder: Path) -> Any:
+    return read_back(*narrow_control(control), folder)
 
 
 def parameters(network: Any) -> int:
@@ -65,10 +68,7 @@ def test_widths_that_are_none(width: str) -> None:
 
 
 def ablate(ablation: str, folder: Path) -> Any:
-    name, content = ablated(ablation)
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return build_detector(str(path)).model
+    return read_back(*ablated(ablation), folder)
 
 
 def test_another_attention_in_all_blocks_and_nothing_else(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
 """Honest controls: Ultralytics' detectors made as narrow, and ours with something else in place of their attention."""
 
+import inspect
 import math
 from typing import Any
 
 from ultralytics.nn.tasks import yaml_model_load
 
 from visionattn.attention import ATTENTION
+from visionattn.detection.blocks import LAT
 from visionattn.detection.model import resolve_model
 from visionattn.errors import ConfigError, suggest
 
 NOTHING, CONVOLUTION = "none", "conv"
-LAT_DEFAULTS: tuple[Any, ...] = (32, "ela_hadamard", 2.0, 5)
-"""What a ``LAT`` row does not say."""
 
 
 def narrow_control(control: str) -> tuple[str, dict[str, Any]]:
@@ -63,11 +63,12 @@ def ablated(ablation: str) -> tuple[str, dict[str, Any]]:
 
 def _replace(row: list[Any], replacement: str) -> None:
     """Change a ``LAT`` row in place."""
-    channels, *given = row[3]
-    options = [*given, *LAT_DEFAULTS[len(given) :]]
+    given = inspect.signature(LAT).bind(*row[3])
+    given.apply_defaults()
+    options = given.arguments
     if replacement == NOTHING:
         row[2:] = ["nn.Identity", []]
     elif replacement == CONVOLUTION:
-        row[2:] = ["Bottleneck", [channels, True, 1, [3, 3], (4 + 2 * options[2]) / 18]]
+        row[2:] = ["Bottleneck", [options["c"], True, 1, [3, 3], (4 + 2 * options["mlp_ratio"]) / 18]]
     else:
-        row[3] = [channels, options[0], replacement, *options[2:]]
+        row[3] = [*(options | {"attention": replacement}).values()]

@@ -96,10 +96,8 @@ class DeviceLoader:
     def _batch(self, chosen: Tensor) -> dict[str, Tensor]:
         warp = self._draw(chosen)
         boxes, kept = warped_boxes(self.boxes[warp.images], warp, self.imgsz)
-        options = self.options
-        gains = self._spread(len(chosen), 3) * torch.tensor([options.hsv_h, options.hsv_s, options.hsv_v]).to(
-            self.device
-        )
+        ranges = torch.tensor([self.options.hsv_h, self.options.hsv_s, self.options.hsv_v]).to(self.device)
+        gains = self._spread(len(chosen), 3) * ranges
         index, place = kept.nonzero(as_tuple=True)
         return {
             "img": self._paint(self.images, self.sizes, warp, inverse(warp.matrix), gains, self.imgsz),

@@ -1,4 +1,4 @@
-"""Ultralytics' detection trainer with two things added: whole checkpoints after a kill, no code from data sets."""
+"""Ultralytics' detection trainer with whole checkpoints after a kill, and no code from data sets; and on the device."""
 
 import math
 import shutil

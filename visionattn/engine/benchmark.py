@@ -51,6 +51,11 @@ class Run(BaseModel):
     losses: list[tuple[int, float]] = []
     reason: str = ""
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which training of a benchmark it is: name of the model, and seed."""
+        return Path(self.model).stem, self.seed
+
 
 class Benchmark(BaseModel):
     """All runs of a recipe.
@@ -67,8 +72,8 @@ class Benchmark(BaseModel):
 
     def trained(self, entry: "Entry") -> Run | None:
         """Return the run of an entry if it is here, with scores, of the same model."""
-        digest, stem = fingerprint(entry.config.model), Path(entry.config.model).stem
-        known = (run for run in self.runs if (Path(run.model).stem, run.seed) == (stem, entry.config.seed))
+        digest = fingerprint(entry.config.model)
+        known = (run for run in self.runs if run.key == entry.key)
         return next((run for run in known if run.scores and run.fingerprint == digest), None)
 
 
@@ -83,6 +88,11 @@ class Entry:
 
     config: DetectConfig
     log: Path
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """As that of its :class:`Run`."""
+        return Path(self.config.model).stem, self.config.seed
 
 
 def recipe_of(config: DetectConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def draw_operations(report: OperationsReport, path: Path) -> None:
     figure.suptitle(f"Attention without projections, {what}")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right upper", fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_memory(report: MemoryReport, path: Path) -> None:
@@ -49,10 +49,11 @@ def draw_memory(report: MemoryReport, path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{report.subject}, {report.dtype}, one image, {report.rows[0].device}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, dpi=150, format="png")
     partial.replace(path)
