@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from visionattn.detection import load_detector
+from visionattn.detection import WEIGHTS, load_detector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ def test_detector_table() -> None:
     for run in json.loads((ROOT / "results" / "aquarium_416" / "league.json").read_text())["runs"]:
         runs.setdefault(Path(run["model"]).stem, []).append(run)
     section = README.split("## Results")[1].split("\n## ")[0]
-    shown = re.findall(r"^\| ([\w: -]+) \| (\d\.\d\d) \| (.+) \|$", section, re.MULTILINE)
+    shown = re.findall(r"^\| ([\w: -]+) \| (\d\.\d\d) \| (\d\.\d{3} \| .+) \|$", section, re.MULTILINE)
     found = set()
     for name, own in runs.items():
         label = f"control: {name.split('n-width')[0]}" if "-width" in name else name
@@ -35,6 +35,20 @@ def test_detector_table() -> None:
         found.add((label, f"{own[0]['parameters'] / 1e6:.2f}", cells))
     assert len(shown) >= 11
     assert set(shown) <= found
+
+
+def test_latencies_of_detectors() -> None:
+    section = README.split("## Results")[1].split("\n## ")[0]
+    batches: dict[int, dict[str, float]] = {}
+    for name in ("latency-sizes-b1", "latency-wave6-b32"):
+        rows = json.loads((ROOT / "results" / "yolo_lat_search" / f"{name}.json").read_text())["rows"]
+        for row in rows:
+            if row["runtime"] == "torch-compiled-graph":
+                batches.setdefault(row["batch"], {})[Path(row["model"]).stem] = row["forward"]["median"]
+    same = {"yolo-lat-n": "n-e", "yolo-lat-s": "s-c", "yolov8n": "yolov8n", "yolo26n": "yolo26n"}
+    for model, one in batches[1].items():
+        many = f"{batches[32][same[model]]:.2f}" if model in same else "not measured"
+        assert f"| {model} | {one:.2f} | {many} |" in section
 
 
 def test_blood_cells() -> None:
@@ -64,13 +78,20 @@ def test_files_named_exist(path: str) -> None:
     assert (ROOT / path).is_file()
 
 
-@pytest.mark.parametrize("name", ["aquarium", "bccd"])
+SETS = {"aquarium": "aquarium_416", "bccd": "bccd"}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_shipped_weights_are_those_that_were_scored(name: str) -> None:
-    weights = ROOT / "weights" / f"yolo-lat-n-{name}.pt"
-    folder = "aquarium_416/first" if name == "aquarium" else name
-    report = json.loads((ROOT / "results" / folder / "yolo-lat-n-seed0.json").read_text())
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == report["sha256"]
-    assert set(load_detector(weights).names.values()) == set(report["scores"]["per_class"])
+    content = WEIGHTS[name].read_bytes()
+    model, _, data = name.rpartition("-")
+    report = json.loads((ROOT / "results" / SETS[data] / f"{model}-seed0.json").read_text())
+    assert hashlib.sha256(content).hexdigest() == report["sha256"]
+    assert len(content) < 5e6
+    assert set(load_detector(WEIGHTS[name]).names.values()) == set(report["scores"]["per_class"])
+    card = (ROOT / "weights" / "README.md").read_text()
+    assert f"| `{name}.pt` |" in card
+    assert f"AP {report['scores']['ap']:.3f}" in card
 
 
 def test_figures_of_the_stages_are_those_of_the_file() -> None:

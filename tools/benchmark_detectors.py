@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False)
 @app.command(help=__doc__)
 def main(
     config: Annotated[Path, typer.Option(help="recipe that all share, see configs/detect/")],
-    output: Annotated[Path, typer.Option(help="file of the report as JSON; tables beside it, a picture if --latency")],
+    output: Annotated[Path, typer.Option(help="file of the report as JSON; tables and pictures beside it")],
     model: Annotated[list[str] | None, typer.Option(help="name, yaml or weights; repeatable")] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="a model of Ultralytics made as narrow, as yolo26:0.08; repeatable")
@@ -78,8 +78,9 @@ def main(
 
     whole = report(run_all(waiting, jobs, keep))
     publish("Detectors under one recipe", whole, league_grids(whole.runs, timed), output)
+    draw_losses(whole.runs, output.with_name(f"{output.stem}-losses.png"))
     if timed:
-        draw(whole.runs, timed, output.with_suffix(".png"))
+        draw_scores(whole.runs, timed, output.with_suffix(".png"))
 
 
 def read_latency(path: Path) -> list[LatencyRow]:
@@ -130,7 +131,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
     models = by_model(runs)
     labels = conditions(models, timed)
     scores = ("M parameters", "AP", "AP of seeds", "AP50", "AP S", "AP M", "AP L")
-    columns = ["model", *scores, *(f"ms, {label}" for label in labels)]
+    columns = ["model", *scores, *(f"ms, {label}" for label in labels), "trained on"]
     rows = []
     for stem, own in models.items():
         times = times_of(stem, timed)
@@ -142,6 +143,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
                 ", ".join(f"{done.scores['ap']:.4f}" for done in sorted(own, key=lambda done: done.seed)),
                 *(shown(own, key) for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
                 *(f"{times[label]:.3f}" if label in times else "-" for label in labels),
+                ", ".join(sorted({done.device or "-" for done in own})),
             ]
         )
     failed = [[done.key[0], str(done.seed), done.reason] for done in runs if not done.scores]
@@ -149,7 +151,19 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
     return grids + ([Grid("Failed", ["model", "seed", "reason"], failed)] if failed else [])
 
 
-def draw(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) -> None:
+def draw_losses(runs: Sequence[Run], path: Path) -> None:
+    """Draw training losses over epochs as a PNG, a curve a model: its first seed. Falling ends ask for more epochs."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    for stem, own in by_model(runs).items():
+        axes.plot(*zip(*own[0].losses, strict=True), label=stem)
+    axes.set(xlabel="epoch", ylabel="sum of training losses", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    save_figure(figure, path)
+
+
+def draw_scores(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) -> None:
     """Draw AP over latency as a PNG, a panel a condition, a point a model, its area by its parameters."""
     models = by_model(runs)
     labels = conditions(models, timed)

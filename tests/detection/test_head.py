@@ -1,5 +1,6 @@
 """The head of one convolution a branch: Ultralytics' own in all but its layers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def tiny(folder: Path, reg_max: int = 1, end2end: bool = False) -> Path:
 
 
 def randomised(network: Any) -> Any:
-    """Give normalisations and biases values that are not those of a new network."""
+    """Give normalisations and weights values that are not those of a new network."""
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,15 +50,11 @@ def randomised(network: Any) -> Any:
 
 
 def stock(head: LinearDetect) -> Detect:
-    """A ``Detect`` whose branches are the same plain convolutions."""
+    """A ``Detect`` whose branches are the same."""
     end2end = hasattr(head, "one2one_cv2")
     other = Detect(head.nc, head.reg_max, end2end, [branch[0].in_channels for branch in head.cv2])
     for name in ("cv2", "cv3", *(("one2one_cv2", "one2one_cv3") if end2end else ())):
-        plain = nn.ModuleList(nn.Sequential(nn.Conv2d(b[0].in_channels, b[0].out_channels, 1)) for b in head.cv2)
-        if name.endswith("cv3"):
-            plain = nn.ModuleList(nn.Sequential(nn.Conv2d(b[0].in_channels, head.nc, 1)) for b in head.cv3)
-        plain.load_state_dict(getattr(head, name).state_dict())
-        setattr(other, name, plain)
+        setattr(other, name, copy.deepcopy(getattr(head, name)))
     other.stride = head.stride
     return other
 
@@ -87,9 +84,9 @@ def test_outputs_are_those_of_a_stock_head_with_these_layers(tmp_path: Path, reg
     assert (head.nc, head.reg_max, head.f, head.stride.tolist()) == (2, reg_max, [2, 4], [8, 16])
     assert sum(p.numel() for p in head.cv2.parameters()) == (16 + 1 + 32 + 1) * 4 * reg_max
     assert sum(p.numel() for p in head.cv3.parameters()) == (16 + 1 + 32 + 1) * 2
-    torch.manual_seed(0)
     if end2end:
-        nn.init.normal_(head.one2one_cv2[0][0].weight)
+        assert sum(p.numel() for p in head.one2one_cv2.parameters()) == (16 + 1 + 32 + 1) * 4 * reg_max
+        randomised(head.one2one_cv3)
     other = stock(head)
     maps = [torch.randn(2, 16, 8, 12), torch.randn(2, 32, 4, 6)]
     for training in (True, False):

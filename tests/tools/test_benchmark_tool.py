@@ -3,6 +3,7 @@
 import csv
 import json
 
+import cv2
 import pytest
 import yaml
 
@@ -57,12 +58,14 @@ def test_two_at_once_then_nothing_new_and_a_failure_is_a_row(tool, place):
         assert [epoch for epoch, _ in run["losses"]] == [1, 2]
         assert [loss for _, loss in run["losses"]] == pytest.approx(losses, abs=1e-3)
         assert not run["reason"]
+        assert run["device"] == report["environment"]["device"]
     assert wide["parameters"] > thin["parameters"]
     assert (wrong["scores"], wrong["parameters"]) == ({}, None)
     assert "LATT" in wrong["reason"]
     assert "r-wrong-seed0.log" in wrong["reason"]
     for name in ("thin", "wide", "wrong"):
         assert name in "".join(path.read_text() for path in (place / "out").glob("*.md"))
+    assert cv2.imread(str(place / "out" / "league-losses.png")) is not None
 
     before = files(place / "runs" / "detect")
     again = tool("benchmark_detectors", place, *arguments)

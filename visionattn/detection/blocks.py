@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import timm
 from torch import Tensor, nn
-from ultralytics.nn.modules import Conv, Detect, RepConv
+from ultralytics.nn.modules import Conv, Detect, DWConv, RepConv
 
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, UnknownNameError, suggest
@@ -95,7 +95,9 @@ class _AsDetect(type):
 class LinearDetect(Detect, metaclass=_AsDetect):
     """Head of one 1x1 convolution a map and branch; what comes before stands in the yaml, for boxes and classes alike.
 
-    Losses, assignment, decoding and the NMS-free branch are Ultralytics'. Outputs are those of ``Detect``.
+    Losses, assignment and decoding are Ultralytics'. Outputs are those of ``Detect``. Scores of the NMS-free branch
+    look around first, by a depthwise 3x3 and a 1x1 convolution: which one of the places that see an object is to keep
+    it cannot be told from a place alone.
 
     Args:
         nc: number of classes.
@@ -109,7 +111,10 @@ class LinearDetect(Detect, metaclass=_AsDetect):
         self.cv2 = nn.ModuleList(nn.Sequential(PredictionConv(c, 4 * reg_max, 1)) for c in ch)
         self.cv3 = nn.ModuleList(nn.Sequential(PredictionConv(c, nc, 1)) for c in ch)
         if end2end:
-            self.one2one_cv2, self.one2one_cv3 = copy.deepcopy(self.cv2), copy.deepcopy(self.cv3)
+            self.one2one_cv2 = copy.deepcopy(self.cv2)
+            self.one2one_cv3 = nn.ModuleList(
+                nn.Sequential(DWConv(c, c, 3), Conv(c, c, 1), PredictionConv(c, nc, 1)) for c in ch
+            )
 
 
 class LATFeatures(nn.Module):

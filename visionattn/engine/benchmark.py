@@ -34,6 +34,7 @@ class Run(BaseModel):
         seed: of the training.
         fingerprint: of the model, see :func:`~visionattn.detection.fingerprint`.
         commit: that it was trained at.
+        device: that it was trained on.
         parameters: with batch normalisation folded; of a head with two branches, those of one.
         scores: COCO metrics of its weights on the val split, by name.
         losses: epochs and the sum of training losses after each, some of them.
@@ -46,6 +47,7 @@ class Run(BaseModel):
     seed: int
     fingerprint: str = ""
     commit: str | None = None
+    device: str | None = None
     parameters: int | None = None
     scores: dict[str, Any] = {}
     losses: list[tuple[int, float]] = []
@@ -189,11 +191,13 @@ def run_one(entry: Entry) -> Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     network: Any = load_detector(result.weights).model
+    record = environment()
     return Run(
         model=config.model,
         seed=config.seed,
         fingerprint=fingerprint(config.model),
-        commit=environment()["commit"],
+        commit=record["commit"],
+        device=record["device"],
         parameters=sum(parameter.numel() for parameter in network.fuse(verbose=False).parameters()),
         scores=result.metrics,
         losses=list(_thinned(_losses(result.folder / "results.csv"))),
