@@ -152,11 +152,11 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
 
 
 def draw_losses(runs: Sequence[Run], path: Path) -> None:
-    """Draw training losses over epochs as a PNG, a curve a model: its first seed. Falling ends ask for more epochs."""
+    """Draw training losses over epochs as a PNG, a curve a model: its least seed. Sums compare within a model only."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for stem, own in by_model(runs).items():
-        axes.plot(*zip(*own[0].losses, strict=True), label=stem)
+        axes.plot(*zip(*min(own, key=lambda done: done.seed).losses, strict=True), label=stem)
     axes.set(xlabel="epoch", ylabel="sum of training losses", yscale="log")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")

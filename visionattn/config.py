@@ -35,7 +35,7 @@ class _Common(_Strict):
     name: str = Field(default="", description="name of the run folder; the config's file name if empty")
     output: Path = Field(default=Path("runs"), description="run folders are made below this folder")
     epochs: int = Field(default=100, ge=1)
-    batch: int = Field(default=16, ge=1, description="images per step and process")
+    batch: int = Field(default=16, ge=1, description="images per step; a classifier's, in each process")
     imgsz: int = Field(default=320, ge=32, description="side of the square training image, in pixels")
     seed: int = Field(default=0, ge=0, lt=2**32)
     device: Annotated[str, BeforeValidator(_device)] = Field(

@@ -50,11 +50,21 @@ def randomised(network: Any) -> Any:
 
 
 def stock(head: LinearDetect) -> Detect:
-    """A ``Detect`` whose branches are the same."""
+    """A ``Detect`` whose branches are plain convolutions with the same weights."""
     end2end = hasattr(head, "one2one_cv2")
-    other = Detect(head.nc, head.reg_max, end2end, [branch[0].in_channels for branch in head.cv2])
-    for name in ("cv2", "cv3", *(("one2one_cv2", "one2one_cv3") if end2end else ())):
-        setattr(other, name, copy.deepcopy(getattr(head, name)))
+    widths = [branch[0].in_channels for branch in head.cv2]
+    other = Detect(head.nc, head.reg_max, end2end, widths)
+
+    def linear(name: str, out: int) -> None:
+        plain = nn.ModuleList(nn.Sequential(nn.Conv2d(c, out, 1)) for c in widths)
+        plain.load_state_dict(getattr(head, name).state_dict())
+        setattr(other, name, plain)
+
+    linear("cv2", 4 * head.reg_max)
+    linear("cv3", head.nc)
+    if end2end:
+        linear("one2one_cv2", 4 * head.reg_max)
+        other.one2one_cv3 = copy.deepcopy(head.one2one_cv3)
     other.stride = head.stride
     return other
 
@@ -86,6 +96,7 @@ def test_outputs_are_those_of_a_stock_head_with_these_layers(tmp_path: Path, reg
     assert sum(p.numel() for p in head.cv3.parameters()) == (16 + 1 + 32 + 1) * 2
     if end2end:
         assert sum(p.numel() for p in head.one2one_cv2.parameters()) == (16 + 1 + 32 + 1) * 4 * reg_max
+        randomised(head.one2one_cv2)
         randomised(head.one2one_cv3)
     other = stock(head)
     maps = [torch.randn(2, 16, 8, 12), torch.randn(2, 32, 4, 6)]
@@ -95,6 +106,25 @@ def test_outputs_are_those_of_a_stock_head_with_these_layers(tmp_path: Path, reg
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two)
     assert found[0].shape == (2, 4 + 2, 8 * 12 + 4 * 6)
+
+
+def test_scores_without_suppression_see_their_neighbours_and_boxes_do_not(tmp_path: Path) -> None:
+    network: Any = YOLOLAT(tiny(tmp_path, end2end=True)).model
+    head = randomised(network.model[-1]).eval()
+    assert sum(p.numel() for p in head.one2one_cv3.parameters()) == sum(
+        (9 * c + 2 * c) + (c * c + 2 * c) + (2 * c + 2) for c in (16, 32)
+    )
+    maps = [torch.randn(1, 16, 8, 12), torch.randn(1, 32, 4, 6)]
+    other = [maps[0].clone(), maps[1]]
+    other[0][..., 3, 5] += 1
+    with torch.no_grad():
+        one, two = (head(x)[1]["one2one"] for x in (maps, other))
+
+    def changed(key: str) -> list[list[int]]:
+        return (one[key] != two[key]).any(1)[0, : 8 * 12].view(8, 12).nonzero().tolist()
+
+    assert changed("boxes") == [[3, 5]]
+    assert changed("scores") == [[row, column] for row in (2, 3, 4) for column in (4, 5, 6)]
 
 
 def test_boxes_are_distances_from_the_middle_of_a_place(tmp_path: Path) -> None:

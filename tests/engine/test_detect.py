@@ -9,6 +9,7 @@ from visionattn.config import DetectConfig, parse_config
 from visionattn.data.scenes import make_scenes
 from visionattn.detection import trainer
 from visionattn.detection.trainer import DeviceTrainer
+from visionattn.engine.detect import scoring_device
 from visionattn.engine.train import train
 
 EPOCHS = 4
@@ -79,3 +80,11 @@ def test_a_resumed_training_sees_what_it_would_have_seen(config, seen, monkeypat
     assert epochs_logged(resumed.folder) == list(range(1, EPOCHS + 1))
     assert seen[:9] == expected[:9]
     assert seen[9:] == expected[6:], "the third epoch again, and the last, without mosaics"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "scored_on"),
+    [("", ""), ("cpu", "cpu"), ("1", "1"), ("1,0", "1"), ("cuda:1, cuda:0", "cuda:1"), ("-1", ""), ("-1,-1", "")],
+)
+def test_weights_of_several_gpus_are_scored_on_the_first(trained_on: str, scored_on: str) -> None:
+    assert scoring_device(trained_on) == scored_on

@@ -96,8 +96,8 @@ class LinearDetect(Detect, metaclass=_AsDetect):
     """Head of one 1x1 convolution a map and branch; what comes before stands in the yaml, for boxes and classes alike.
 
     Losses, assignment and decoding are Ultralytics'. Outputs are those of ``Detect``. Scores of the NMS-free branch
-    look around first, by a depthwise 3x3 and a 1x1 convolution: which one of the places that see an object is to keep
-    it cannot be told from a place alone.
+    look around first, by a depthwise 3x3 and a 1x1 convolution: they are to tell which one of the places that see an
+    object keeps it, and its loss does not teach the maps.
 
     Args:
         nc: number of classes.

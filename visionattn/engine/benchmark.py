@@ -34,7 +34,7 @@ class Run(BaseModel):
         seed: of the training.
         fingerprint: of the model, see :func:`~visionattn.detection.fingerprint`.
         commit: that it was trained at.
-        device: that it was trained on.
+        device: of the machine that ended it.
         parameters: with batch normalisation folded; of a head with two branches, those of one.
         scores: COCO metrics of its weights on the val split, by name.
         losses: epochs and the sum of training losses after each, some of them.

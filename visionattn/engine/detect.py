@@ -40,5 +40,11 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
             run.abandon()
             raise ConfigError(f"Ultralytics cannot begin this training: {error}") from error
         raise
-    report = evaluate(best, options["data"], imgsz=config.imgsz, device=config.device, trust=trust)
+    report = evaluate(best, options["data"], imgsz=config.imgsz, device=scoring_device(config.device), trust=trust)
     return report.metrics
+
+
+def scoring_device(device: str) -> str:
+    """Return the first of the devices that were trained on; Ultralytics' -1, one that is idle, is left open."""
+    first = device.partition(",")[0].strip()
+    return "" if first.startswith("-") else first
