@@ -6,11 +6,13 @@ what takes the time. Here images lie on the device at network size, and a batch 
 
 import math
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from ultralytics.utils import NUM_THREADS
 
 from visionattn.errors import ConfigError
 
@@ -286,10 +288,10 @@ def _load_images(dataset: Any, side: int, device: torch.device) -> tuple[Tensor,
         )
     images = torch.full((len(dataset), side, side, 3), PAD, dtype=torch.uint8)
     sizes = torch.zeros(len(dataset), 2)
-    for index in range(len(dataset)):
-        pixels, _, (height, width) = dataset.load_image(index)
-        images[index, :height, :width] = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1]))
-        sizes[index] = torch.tensor([width, height])
+    with ThreadPool(NUM_THREADS) as pool:
+        for index, (pixels, _, (height, width)) in enumerate(pool.imap(dataset.load_image, range(len(dataset)))):
+            images[index, :height, :width] = torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1]))
+            sizes[index] = torch.tensor([width, height])
     return images.to(device), sizes.to(device)
 
 

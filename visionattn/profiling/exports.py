@@ -139,7 +139,7 @@ def measure_parity(
 def measure_engines(mechanisms: Sequence[str] = tuple(ATTENTION)) -> EngineReport:
     """Build engines of a ViT with every mechanism, and of the YOLO-LATs."""
     rows = [_engine(vit(name, "fp16", (224, 224)), "vit_tiny_patch16_224", name) for name in mechanisms]
-    for model in ("yolo-lat-n", "yolo-lat-s"):
+    for model in ("yolo-lat-p", "yolo-lat-n", "yolo-lat-s"):
         for precision in ("fp32", "fp16"):
             for dynamic in ((), ("batch", "size")):
                 request = Request(model, (320, 320), dynamic=dynamic, precision=precision)
