@@ -206,6 +206,10 @@ class TestDetection:
         with pytest.raises(WeightsError, match=r"know 2 classes \(ant, bee\).* has 3 \(ant, bee, cat\)"):
             evaluate(use(FakeRunner(exact(), NAMES[:2])), str(data))
 
+    def test_weights_by_name(self, data):
+        with pytest.raises(WeightsError, match=r"know 7 classes \(fish, .* has 3 \(ant, bee, cat\)"):
+            evaluate("yolo-lat-n-aquarium", str(data))
+
     def test_other_names_are_warned_of(self, data, use, caplog):
         with caplog.at_level(logging.WARNING, "visionattn"):
             evaluate(use(FakeRunner(exact(), ["bee", "ant", "cat"])), str(data))

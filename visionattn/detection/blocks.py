@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import timm
 from torch import Tensor, nn
-from ultralytics.nn.modules import Conv, Detect, DWConv, RepConv
+from ultralytics.nn.modules import Conv, Detect, RepConv
 
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, UnknownNameError, suggest
@@ -96,8 +96,8 @@ class LinearDetect(Detect, metaclass=_AsDetect):
     """Head of one 1x1 convolution a map and branch; what comes before stands in the yaml, for boxes and classes alike.
 
     Losses, assignment and decoding are Ultralytics'. Outputs are those of ``Detect``. Scores of the NMS-free branch
-    look around first, by a depthwise 3x3 and a 1x1 convolution: they are to tell which one of the places that see an
-    object keeps it, and its loss does not teach the maps.
+    are Ultralytics' own, too, with a depthwise 3x3 and a 1x1 convolution twice before the last: they are to tell which
+    one of the places that see an object keeps it, and their loss does not teach the maps.
 
     Args:
         nc: number of classes.
@@ -107,14 +107,11 @@ class LinearDetect(Detect, metaclass=_AsDetect):
     """
 
     def __init__(self, nc: int = 80, reg_max: int = 1, end2end: bool = False, ch: Sequence[int] = ()) -> None:
-        super().__init__(nc, reg_max, False, ch)
+        super().__init__(nc, reg_max, end2end, ch)
         self.cv2 = nn.ModuleList(nn.Sequential(PredictionConv(c, 4 * reg_max, 1)) for c in ch)
         self.cv3 = nn.ModuleList(nn.Sequential(PredictionConv(c, nc, 1)) for c in ch)
         if end2end:
             self.one2one_cv2 = copy.deepcopy(self.cv2)
-            self.one2one_cv3 = nn.ModuleList(
-                nn.Sequential(DWConv(c, c, 3), Conv(c, c, 1), PredictionConv(c, nc, 1)) for c in ch
-            )
 
 
 class LATFeatures(nn.Module):

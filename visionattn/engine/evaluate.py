@@ -22,6 +22,7 @@ from visionattn.data import (
     load_image,
 )
 from visionattn.data.files import write_text
+from visionattn.detection import resolve_model
 from visionattn.engine.coco import Backend, DetectionScores, load_backend, score
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
 from visionattn.export import Detections, Runner, load_runner
@@ -133,7 +134,7 @@ def evaluate(
     """Run weights on every image of a split and score the result against its labels.
 
     Args:
-        weights: a ``.pt`` detector, a ``.safetensors`` classifier, or an exported file of either.
+        weights: a ``.pt`` detector or its name, a ``.safetensors`` classifier, or an exported file of either.
         data: an embedded set; a data.yaml for a detector, a folder of class folders for a classifier.
         split: split to score.
         imgsz: side, or (H, W), of the network input in pixels; None: as trained or exported.
@@ -161,7 +162,7 @@ def evaluate(
     _check_scorable(runner, weights)
     common: dict[str, Any] = {
         "weights": str(weights),
-        "sha256": _digest(Path(weights)),
+        "sha256": _digest(Path(resolve_model(weights))),
         "split": split,
         "imgsz": runner.size,
         "precision": runner.info.precision,
