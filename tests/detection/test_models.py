@@ -19,7 +19,7 @@ from visionattn.errors import UnknownNameError
 
 LIMITS = {"yolo-lat-p": (0.32e6, 7), "yolo-lat-n": (1.0e6, 80), "yolo-lat-s": (2.6e6, 80), "yolo-lat-m": (10e6, 80)}
 """Most parameters, normalisations folded, and with how many classes."""
-STRIDES = {"yolo-lat-p": [8, 16, 32], "yolo-lat-n": [4, 8, 16], "yolo-lat-s": [8, 16], "yolo-lat-m": [8, 16, 32]}
+STRIDES = [8, 16, 32]
 
 
 def parameters(model: Any) -> int:
@@ -38,7 +38,7 @@ def test_size_limit_attention_and_levels(name: str, tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(content | {"nc": classes}))
     model: Any = YOLOLAT(tmp_path / "model.yaml").model
     assert any(isinstance(module, LAT) for module in model.modules())
-    assert model.stride.tolist() == STRIDES[name]
+    assert model.stride.tolist() == STRIDES
     assert model.model[-1].nc == classes
     assert 0.6 * limit < parameters(model.fuse(verbose=False)) <= limit
 
@@ -74,7 +74,7 @@ def test_rectangles_and_odd_sizes() -> None:
     model = YOLOLAT("yolo-lat-n").model.eval()
     with torch.no_grad():
         for height, width in ((96, 160), (160, 96), (64, 64)):
-            anchors = sum((height // s) * (width // s) for s in STRIDES["yolo-lat-n"])
+            anchors = sum((height // s) * (width // s) for s in STRIDES)
             assert model(torch.rand(2, 3, height, width))[0].shape == (2, 84, anchors)
 
 

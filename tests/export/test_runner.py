@@ -104,7 +104,7 @@ class TestDetect:
 
     def test_what_it_tells_of_itself(self, detector):
         runner = load_runner(str(detector[1]), "cpu", imgsz=70)
-        assert (runner.task, runner.size, runner.device) == ("detect", (80, 80), "cpu")
+        assert (runner.task, runner.size, runner.device) == ("detect", (96, 96), "cpu")
         assert runner.names == detector[0].names
         assert runner([]) == []
 

@@ -69,6 +69,8 @@ def _replace(row: list[Any], replacement: str) -> None:
     if replacement == NOTHING:
         row[2:] = ["nn.Identity", []]
     elif replacement == CONVOLUTION:
-        row[2:] = ["Bottleneck", [options["c"], True, 1, [3, 3], (4 + 2 * options["mlp_ratio"]) / 18]]
+        c, side = options["c"], options["kernel_size"]
+        hidden = round(((4 + 2 * options["mlp_ratio"]) * c + side * side) / 18)
+        row[2:] = ["Bottleneck", [c, True, 1, [3, 3], (hidden + 0.5) / c]]  # it rounds down
     else:
         row[3] = [*(options | {"attention": replacement}).values()]
