@@ -15,9 +15,10 @@ from visionattn.detection import YOLOLAT
 WEIGHTS = Path(__file__).parents[2] / "weights" / "yolo-lat-n-aquarium.pt"
 SIDE = 160
 CONF = 0.02
-FULL, HALF = (0.1, 1e-3), (2.0, 0.02)
-NEAR = {"onnx": FULL, "torchscript": FULL, "openvino": HALF, "ncnn": HALF, "engine": HALF}
-"""Pixels of 160, and scores. Ultralytics lets OpenVINO compute in bfloat16 and ncnn in float16 where they can."""
+FULL, HALF, BRAIN = (0.1, 1e-3), (2.0, 0.02), (2.0, 0.06)
+NEAR = {"onnx": FULL, "torchscript": FULL, "openvino": BRAIN, "ncnn": HALF, "engine": HALF}
+"""Pixels of 160, and scores. Ultralytics lets OpenVINO compute in bfloat16 and ncnn in float16 where they can;
+eight bits of mantissa in each of 30 layers move a score near one half by 0.045. Our own float32 export is exact."""
 
 
 @pytest.fixture(scope="module")
