@@ -93,9 +93,9 @@ def read_latency(path: Path) -> list[LatencyRow]:
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Sort runs with scores by the name of their model, the best mean AP first."""
+    """Sort runs with scores by the name of their model, the best mean AP first; those of a model by seed."""
     found: dict[str, list[Run]] = {}
-    for done in runs:
+    for done in sorted(runs, key=lambda done: done.seed):
         if done.scores:
             found.setdefault(done.key[0], []).append(done)
     return dict(sorted(found.items(), key=lambda item: -mean(item[1], "ap")))
@@ -140,7 +140,7 @@ def league_grids(runs: Sequence[Run], timed: Sequence[LatencyRow]) -> list[Grid]
                 stem,
                 f"{(own[0].parameters or 0) / 1e6:.3f}",
                 f"{mean(own, 'ap'):.4f}",
-                ", ".join(f"{done.scores['ap']:.4f}" for done in sorted(own, key=lambda done: done.seed)),
+                ", ".join(f"{done.scores['ap']:.4f}" for done in own),
                 *(shown(own, key) for key in ("ap50", "ap_small", "ap_medium", "ap_large")),
                 *(f"{times[label]:.3f}" if label in times else "-" for label in labels),
                 ", ".join(sorted({done.device or "-" for done in own})),
@@ -156,7 +156,7 @@ def draw_losses(runs: Sequence[Run], path: Path) -> None:
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for stem, own in by_model(runs).items():
-        axes.plot(*zip(*min(own, key=lambda done: done.seed).losses, strict=True), label=stem)
+        axes.plot(*zip(*own[0].losses, strict=True), label=stem)
     axes.set(xlabel="epoch", ylabel="sum of training losses", yscale="log")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
