@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from visionattn.detection import MODELS, WEIGHTS, load_detector
+from visionattn.detection import WEIGHTS, load_detector
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,42 +21,64 @@ def scores(file: str) -> dict[str, float]:
     return found
 
 
-def test_detector_table() -> None:
+def means(file: str, *keys: str) -> dict[str, tuple[list[dict[str, Any]], list[float]]]:
+    """Runs with scores and their mean scores, by the name of the model."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for run in json.loads((ROOT / "results" / "aquarium_416" / "league.json").read_text())["runs"]:
-        runs.setdefault(Path(run["model"]).stem, []).append(run)
-    section = README.split("## Results")[1].split("\n## ")[0]
-    shown = re.findall(r"^\| ([\w: -]+) \| (\d\.\d\d) \| (\d\.\d{3} \| .+) \|$", section, re.MULTILINE)
+    for run in json.loads((ROOT / "results" / file).read_text())["runs"]:
+        if run["scores"]:
+            runs.setdefault(Path(run["model"]).stem, []).append(run)
+    return {
+        name: (own, [statistics.fmean(run["scores"][key] for run in own) for key in keys]) for name, own in runs.items()
+    }
+
+
+RESULTS = README.split("## Results")[1].split("\n### ")[0]
+
+
+def test_detector_table() -> None:
+    shown = re.findall(r"^\| ([\w: -]+) \| (\d\.\d\d) \| (\d\.\d{3} \| .+) \|$", RESULTS, re.MULTILINE)
     found = set()
-    for name, own in runs.items():
+    for name, (own, (ap, ap50)) in means("aquarium_416/league.json", "ap", "ap50").items():
         label = f"control: {name.split('n-width')[0]}" if "-width" in name else name
-        means = [statistics.fmean(run["scores"][key] for run in own) for key in ("ap", "ap50")]
-        cells = f"{means[0]:.3f} | {means[1]:.3f} | {len(own)}"
-        found.add((label, f"{own[0]['parameters'] / 1e6:.2f}", cells))
+        found.add((label, f"{own[0]['parameters'] / 1e6:.2f}", f"{ap:.3f} | {ap50:.3f} | {len(own)}"))
     assert len(shown) >= 11
     assert set(shown) <= found
 
 
 def test_latencies_of_detectors() -> None:
-    section = README.split("## Results")[1].split("\n## ")[0]
-    batches: dict[int, dict[str, float]] = {}
-    for name in ("latency-sizes-b1", "latency-wave6-b32"):
-        rows = json.loads((ROOT / "results" / "yolo_lat_search" / f"{name}.json").read_text())["rows"]
-        for row in rows:
-            if row["runtime"] == "torch-compiled-graph":
-                batches.setdefault(row["batch"], {})[Path(row["model"]).stem] = row["forward"]["median"]
-    same = {"yolo-lat-n": "n-e", "yolo-lat-s": "s-c", "yolov8n": "yolov8n", "yolo26n": "yolo26n"}
-    variants = json.loads((ROOT / "results" / "yolo_lat_search" / "models.json").read_text())
-    for model in ("yolo-lat-n", "yolo-lat-s"):
-        assert yaml.safe_load(variants[same[model]]) | {"nc": 80} == yaml.safe_load(MODELS[model].read_text())
-    for model, one in batches[1].items():
-        many = f"{batches[32][same[model]]:.2f}" if model in same else "not measured"
-        assert f"| {model} | {one:.2f} | {many} |" in section
+    times: dict[str, dict[int, float]] = {}
+    for row in json.loads((ROOT / "results" / "aquarium_416" / "latency-h100.json").read_text())["rows"]:
+        if row["runtime"] == "torch-compiled-graph":
+            times.setdefault(Path(row["model"]).stem, {})[row["batch"]] = row["forward"]["median"]
+    assert len(times) == 7
+    for model, own in times.items():
+        assert f"| {model} | {own[1]:.2f} | {own[32]:.2f} |" in RESULTS
 
 
 def test_blood_cells() -> None:
-    found = scores("bccd/yolo-lat-n-seed0.json")
-    assert f"AP50 {found['ap50']:.3f} and AP {found['ap']:.3f}" in README
+    found = means("bccd/league.json", "ap", "ap50")
+    for model in found.keys() - {"yolo-lat-p"}:  # the p of that league is a former one
+        ap, ap50 = found[model][1]
+        assert f"| {model} | {ap:.3f} | {ap50:.3f} |" in RESULTS
+
+
+def test_ablation() -> None:
+    p, n = (means(f"aquarium_416/ablation-{size}.json", "ap") for size in "pn")
+    packaged = {"p": p["yolo-lat-p"], "n": means("aquarium_416/league.json", "ap")["yolo-lat-n"]}
+    p_ap, n_ap = ({key: f"{value[1][0]:.3f}" for key, value in size.items()} for size in (p | packaged, n | packaged))
+    text = " ".join(RESULTS.split())
+    assert f"without it has {p_ap['yolo-lat-p-none']} in place of {p_ap['p']} AP" in text
+    assert f"as many weights {p_ap['yolo-lat-p-conv']};" in text
+    assert f"`-n` has {n_ap['yolo-lat-n-none']} and {n_ap['yolo-lat-n-conv']} in place of {n_ap['n']}." in text
+    assert f"does as well ({p_ap['yolo-lat-p-uniform']} and {n_ap['yolo-lat-n-uniform']})" in text
+    assert f"Softmax attention has {p_ap['yolo-lat-p-softmax']} and {n_ap['yolo-lat-n-softmax']}," in text
+
+
+def test_longer_training() -> None:
+    (_, (ap,)) = means("aquarium_416/long-p.json", "ap")["p-half"]
+    (_, (peer,)) = means("aquarium_416/league.json", "ap")["yolo26n"]
+    assert f"what YOLO26n has after 300: {peer:.3f}" in " ".join(RESULTS.split())
+    assert ap >= peer
 
 
 def test_quickstart_output() -> None:

@@ -176,7 +176,10 @@ def draw_scores(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) ->
                 axes.scatter(time, mean(own, "ap"), s=30 * (own[0].parameters or 0) / 1e6 + 10, color=colour)
                 axes.annotate(stem, (time, mean(own, "ap")), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", xlabel=f"ms forward, {label}", ylabel="AP50:95, mean of seeds")
-        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:.2g}")
+        axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)
 
 

@@ -235,6 +235,20 @@ class TestOpenVino:
         stored = [o for o in model.get_ordered_ops() if o.get_type_name() == "Constant"]
         assert any(o.get_element_type().get_type_name() in ("i8", "u8") and len(o.shape) == 4 for o in stored)
 
+    def test_boxes_are_decoded_in_float(self, folder):
+        nodes = openvino.Core().read_model(folder.path / "model.xml").get_ordered_ops()
+        followed = set()
+        for node in reversed(nodes):
+            if (
+                node.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
+                or node.get_friendly_name() in followed
+            ):
+                followed |= {node.get_friendly_name()}
+                followed |= {value.get_node().get_friendly_name() for value in node.input_values()}
+        after = [node.get_type_name() for node in nodes if node.get_friendly_name() not in followed]
+        assert "Concat" in after
+        assert "FakeQuantize" not in after
+
     def test_it_computes_nearly_the_same(self, folder, tiny):
         images = pictures(3, SIZE, seed=9)
         found = open_session(folder.path)(images)[0].double().numpy()

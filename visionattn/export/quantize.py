@@ -29,6 +29,9 @@ LEAST_IMAGES = 8
 HEAVY = ("Conv", "MatMul", "Gemm")
 """Operations of ONNX that are quantised."""
 
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+"""The same of OpenVINO, which quantises others between them, too."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -176,7 +179,8 @@ class _Reader:
 def quantize_openvino(model: Any, calibration: Calibration, info: ModelInfo) -> tuple[Any, list[str]]:
     """Quantise a model of OpenVINO; return it and the operations that stayed in float32.
 
-    NNCF puts operations back into float32, those that cost most first, until the error is small enough.
+    NNCF puts operations back into float32, those that cost most first, until the error is small enough. What follows
+    the last convolutions and matrix products stays in float32: 8 bits are too few for the coordinates of boxes.
     """
     try:
         import nncf
@@ -202,6 +206,7 @@ def quantize_openvino(model: Any, calibration: Calibration, info: ModelInfo) -> 
         max_drop=calibration.tolerance,
         drop_type=nncf.DropType.ABSOLUTE,
         preset=nncf.QuantizationPreset.MIXED,
+        ignored_scope=nncf.IgnoredScope(names=_after_last_products(model), validate=False),
         subset_size=len(calibration.images),
     )
     return quantized, _kept(quantized)
@@ -212,10 +217,19 @@ def _outputs(compiled: Any, batches: list[NDArray[np.float32]]) -> list[Tensor]:
     return [torch.from_numpy(np.concatenate(outputs)) for outputs in zip(*parts, strict=True)]
 
 
+def _after_last_products(model: Any) -> list[str]:
+    """Return the operations that no convolution or matrix product comes after."""
+    before: set[str] = set()
+    for node in reversed(model.get_ordered_ops()):
+        if node.get_type_name() in PRODUCTS or node.get_friendly_name() in before:
+            before.add(node.get_friendly_name())
+            before |= {value.get_node().get_friendly_name() for value in node.input_values()}
+    return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_friendly_name() not in before]
+
+
 def _kept(model: Any) -> list[str]:
     """Return the convolutions and matrix products that compute in float32."""
-    heavy = ("Convolution", "GroupConvolution", "MatMul")
-    operations = [node for node in model.get_ordered_ops() if node.get_type_name() in heavy]
+    operations = [node for node in model.get_ordered_ops() if node.get_type_name() in PRODUCTS]
     return [node.get_friendly_name().removesuffix("/WithoutBiases") for node in operations if not _is_int8(node)]
 
 
