@@ -47,7 +47,7 @@ def main(
     ] = None,
     ablate: Annotated[
         list[str] | None,
-        typer.Option(help="a model with another attention, as yolo-lat-p:softmax, or :conv, :none; repeatable"),
+        typer.Option(help="a model with another attention, as yolo-lat-p:softmax, or :local, :conv, :none; repeatable"),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0 if left out")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at once")] = 1,

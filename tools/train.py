@@ -6,6 +6,7 @@ python tools/train.py --config configs/detect/digits.yaml --resume
 torchrun --nproc-per-node 2 tools/train.py --config configs/classify/cifar10.yaml
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,12 @@ def main(
         bool, typer.Option("--trust-weights", help="Load .pt weights even if they may run code; for your own files.")
     ] = False,
 ) -> None:
-    result = train(load_config(config, overrides or ()), resume, trust)
+    try:
+        result = train(load_config(config, overrides or ()), resume, trust)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("stopped; what was trained is kept, the same command with --resume goes on", file=sys.stderr)
+        raise
     if is_main_process():
         print(f"run      {result.folder}")
         print(f"weights  {result.weights}")

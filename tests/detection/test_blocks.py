@@ -38,6 +38,20 @@ def test_refusals() -> None:
         LAT(16, head_dim=5)
     with pytest.raises(UnknownNameError, match="nearest: softmax"):
         LAT(16, head_dim=8, attention="sofmax")
+    with pytest.raises(ConfigError, match="neither attention nor kernel_size"):
+        LAT(16, head_dim=8, attention=None, kernel_size=0)
+
+
+def test_without_attention_the_local_part_remains() -> None:
+    torch.manual_seed(0)
+    block, alone = LAT(16, head_dim=8).eval(), LAT(16, head_dim=8, attention=None).eval()
+    weights = block.state_dict()
+    for name in ("qkv.conv.weight", "qkv.bn.weight", "qkv.bn.bias", "qkv.bn.running_mean", "qkv.bn.running_var"):
+        weights[name] = weights[name][-16:]
+    alone.load_state_dict(weights)
+    block.attention = ZeroBranch(16)
+    x = torch.randn(2, 16, 5, 7)
+    torch.testing.assert_close(alone(x), block(x))
 
 
 class ZeroBranch(nn.Module):

@@ -93,6 +93,14 @@ def test_no_blocks_and_convolutions_of_as_many_weights(tmp_path: Path) -> None:
     assert without.eval()(x)[0].shape == convolved.eval()(x)[0].shape == shape
 
 
+def test_the_local_part_alone(tmp_path: Path) -> None:
+    alone = ablate("yolo-lat-p:local", tmp_path)
+    blocks = [block for block in alone.modules() if isinstance(block, LAT)]
+    assert len(blocks) == 2
+    assert all(block.attention is None and block.local is not None for block in blocks)
+    assert alone.eval()(torch.rand(1, 3, 64, 96))[0].shape[1:] == (84, 126)
+
+
 @pytest.mark.parametrize(
     ("ablation", "message"),
     [

@@ -66,6 +66,20 @@ def test_killed_resumed_and_run_again(config, tmp_path):
     assert "epoch" not in finished.stderr
 
 
+def test_interrupted(config, tmp_path):
+    command, log = [sys.executable, TOOL, "--config", config], tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=file)
+    while not (tmp_path / "runs/classify/levels/weights/last.pt").exists():
+        assert process.poll() is None, "ended without a checkpoint"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0
+    printed = log.read_text()
+    assert "the same command with --resume goes on" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ from visionattn.detection.blocks import LAT
 from visionattn.detection.model import resolve_model
 from visionattn.errors import ConfigError, suggest
 
-NOTHING, CONVOLUTION = "none", "conv"
+NOTHING, CONVOLUTION, LOCAL = "none", "conv", "local"
 
 
 def narrow_control(control: str) -> tuple[str, dict[str, Any]]:
@@ -42,13 +42,14 @@ def ablated(ablation: str) -> tuple[str, dict[str, Any]]:
 
     Args:
         ablation: a model and what to put there, as ``yolo-lat-p:softmax``: another attention by name; ``none``, which
-            takes the row away; ``conv``, a residual pair of 3x3 convolutions with as many weights.
+            takes the row away; ``conv``, a residual pair of 3x3 convolutions with as many weights; ``local``, the block
+            without attention, with its depthwise convolution alone.
 
     Raises:
         ConfigError: there is no such model, it has no such row, or the replacement is unknown.
     """
     model, _, replacement = ablation.rpartition(":")
-    known = (NOTHING, CONVOLUTION, *ATTENTION)
+    known = (NOTHING, CONVOLUTION, LOCAL, *ATTENTION)
     if not model or replacement not in known:
         raise ConfigError(f"ablation {ablation!r}; expected MODEL:ATTENTION; {suggest(replacement, known)}")
     content: dict[str, Any] = yaml_model_load(resolve_model(model))
@@ -73,4 +74,5 @@ def _replace(row: list[Any], replacement: str) -> None:
         hidden = round(((4 + 2 * options["mlp_ratio"]) * c + side * side) / 18)
         row[2:] = ["Bottleneck", [c, True, 1, [3, 3], (hidden + 0.5) / c]]  # it rounds down
     else:
-        row[3] = [*(options | {"attention": replacement}).values()]
+        attention = None if replacement == LOCAL else replacement
+        row[3] = [*(options | {"attention": attention}).values()]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from visionattn.detection import WEIGHTS as TRAINED
 from visionattn.detection import in_image, resolve_model, suppress
 from visionattn.errors import ConfigError, WeightsError
 from visionattn.export.formats import format_of
@@ -188,6 +189,10 @@ def runner_of(
 def open_session(path: Path, place: Place | None = None, trust: bool = False) -> Session:
     """Load weights or an exported file as a bare network; arguments and errors as :func:`load_runner`."""
     path, place = Path(resolve_model(path)), place or Place()
+    if path.suffix in (".yaml", ".yml"):
+        raise WeightsError(
+            f"{path.name} is a model without weights; give the file of a training, or one of {', '.join(TRAINED)}"
+        )
     found = None if path.suffix in WEIGHTS else format_of(path)
     if found is None:
         torch_device(place.device)
