@@ -36,9 +36,12 @@ def linear(a: Tensor, b: Tensor, v: Tensor, keep: Tensor | None = None) -> Tenso
     """Attend over all tokens in O(N F E) time."""
     a, b = widen(a), outcast(widen(b), keep, never())
     top = b.detach().amax(-2, keepdim=True)
+    weights = (b - top).exp()
     # The mean, not the sum, so that half-precision exports stay finite; log N is common to all slots and cancels.
-    log_mass = top + (b - top).exp().mean(-2, keepdim=True).log()
-    slots = b.softmax(-2).to(v.dtype).transpose(-2, -1) @ outcast(v, keep)
+    mass = weights.mean(-2, keepdim=True)
+    shares = weights / (mass * b.shape[-2])
+    log_mass = top + mass.log()
+    slots = shares.to(v.dtype).transpose(-2, -1) @ outcast(v, keep)
     return (a + log_mass).softmax(-1).to(v.dtype) @ slots
 
 

@@ -27,6 +27,8 @@ def open_session(path: Path, place: Place) -> Session:
     provider = _provider(place, runtime.get_available_providers())
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    # Threads that wait by spinning take the CPU from what prepares the next image.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if place.threads:
         options.intra_op_num_threads = place.threads
     try:
