@@ -66,6 +66,7 @@ def test_killed_resumed_and_run_again(config, tmp_path):
     assert "epoch" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_interrupted(config, tmp_path):
     command, log = [sys.executable, TOOL, "--config", config], tmp_path / "log.txt"
     with log.open("w") as file:
