@@ -178,7 +178,7 @@ def draw_scores(runs: Sequence[Run], timed: Sequence[LatencyRow], path: Path) ->
         axes.set(xscale="log", xlabel=f"ms forward, {label}", ylabel="AP50:95, mean of seeds")
         axes.margins(x=0.15)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:.2g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)
 

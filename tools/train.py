@@ -35,7 +35,7 @@ def main(
         result = train(load_config(config, overrides or ()), resume, trust)
     except KeyboardInterrupt:
         if is_main_process():
-            print("stopped; what was trained is kept, the same command with --resume goes on", file=sys.stderr)
+            print("stopped; go on with the same command and --resume", file=sys.stderr)
         raise
     if is_main_process():
         print(f"run      {result.folder}")

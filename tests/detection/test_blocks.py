@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,12 @@ def test_without_attention_the_local_part_remains() -> None:
     block.attention = ZeroBranch(16)
     x = torch.randn(2, 16, 5, 7)
     torch.testing.assert_close(alone(x), block(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": None}, {"kernel_size": 0}, {"attention": "softmax"}])
+def test_it_scripts(options: dict[str, Any]) -> None:
+    block, x = LAT(16, head_dim=8, **options).eval(), torch.randn(1, 16, 5, 7)
+    torch.testing.assert_close(torch.jit.script(block)(x), block(x))
 
 
 class ZeroBranch(nn.Module):

@@ -99,6 +99,13 @@ def test_the_local_part_alone(tmp_path: Path) -> None:
     assert len(blocks) == 2
     assert all(block.attention is None and block.local is not None for block in blocks)
     assert alone.eval()(torch.rand(1, 3, 64, 96))[0].shape[1:] == (84, 126)
+    content = ablated("yolo-lat-p:softmax")[1]
+    for row in (row for row in content["backbone"] if row[2] == "LAT"):
+        row[3][-1] = 0
+    path = tmp_path / "bare.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="a LAT row has no depthwise convolution"):
+        ablated(f"{path}:local")
 
 
 @pytest.mark.parametrize(

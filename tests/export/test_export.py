@@ -219,10 +219,12 @@ def test_stock_ultralytics_finds_the_same_boxes(exported, tiny, form):
     model = YOLO(done.path, task="detect")
     theirs = model.predict(image, conf=0.3, device="cpu", verbose=False, save=False, imgsz=64)[0].boxes
     pixels, scores = STOCK[form]
-    assert len(ours.scores) > 3
-    np.testing.assert_allclose(theirs.xyxy.numpy(), ours.boxes, atol=pixels)
-    np.testing.assert_allclose(theirs.conf.numpy(), ours.scores, atol=scores)
-    np.testing.assert_array_equal(theirs.cls.numpy(), ours.classes)
+    sure = int((ours.scores > 0.3 + scores).sum())  # others may be on either side of the threshold
+    assert sure > 3
+    assert (theirs.conf[sure:] < 0.3 + 2 * scores).all()
+    np.testing.assert_allclose(theirs.xyxy[:sure].numpy(), ours.boxes[:sure], atol=pixels)
+    np.testing.assert_allclose(theirs.conf[:sure].numpy(), ours.scores[:sure], atol=scores)
+    np.testing.assert_array_equal(theirs.cls[:sure].numpy(), ours.classes[:sure])
     assert dict(model.names) == CLASSES
 
 

@@ -179,8 +179,8 @@ def test_training_names_what_is_broken_and_goes_on_without_it(call, place, caplo
     ("file", "message"),
     [
         ("missing.safetensors", "weights not found: missing.safetensors; give a file that training wrote"),
-        ("c.yaml", "c.yaml is a model without weights; give the file of a training, or one of .*yolo-lat-p-aquarium"),
-        ("yolo-lat-p", "yolo-lat-p.yaml is a model without weights"),
+        ("c.yaml", "c.yaml: a yaml holds no weights; give a file that training wrote, or one of .*yolo-lat-p-aquarium"),
+        ("yolo-lat-p", "yolo-lat-p.yaml: a yaml holds no weights"),
         ("text.pt", "text.pt is damaged or no PyTorch checkpoint; give a .pt file that our training wrote"),
         ("code.pt", "code.pt asks for code outside the known model classes.* pass --trust-weights"),
         ("foreign.safetensors", "foreign.safetensors"),

@@ -70,14 +70,21 @@ def test_killed_resumed_and_run_again(config, tmp_path):
 def test_interrupted(config, tmp_path):
     command, log = [sys.executable, TOOL, "--config", config], tmp_path / "log.txt"
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=file)
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
     while not (tmp_path / "runs/classify/levels/weights/last.pt").exists():
         assert process.poll() is None, "ended without a checkpoint"
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    assert process.wait() != 0
+    assert process.wait(timeout=120) != 0
+    assert not (tmp_path / "runs/classify/levels/metrics.json").exists(), "the interrupt came too late to test anything"
     printed = log.read_text()
-    assert "the same command with --resume goes on" in printed
+    assert "go on with the same command and --resume" in printed
     assert "Traceback" not in printed
 
 

@@ -25,7 +25,7 @@ class LAT(nn.Module):
     Args:
         c: channels C of input and output.
         head_dim: channels of a head; must divide ``c``.
-        attention: a name in :data:`visionattn.attention.ATTENTION`; None: the convolution alone, as a control.
+        attention: a name in :data:`visionattn.attention.ATTENTION`; None: none, for the convolution on its own.
         mlp_ratio: hidden width of the perceptron over ``c``; 0: no perceptron.
         kernel_size: side of the depthwise convolution; 0: no convolution.
 
@@ -45,26 +45,27 @@ class LAT(nn.Module):
         super().__init__()
         if c % head_dim:
             raise ConfigError(f"LAT: c={c} is not divisible by head_dim={head_dim}; choose a head_dim that divides it")
-        if not attention and not kernel_size:
+        if attention is None and not kernel_size:
             raise ConfigError("LAT: got neither attention nor kernel_size; give one or both")
         hidden = int(c * mlp_ratio)
-        self.attention = ATTENTION[attention](c, c // head_dim, projections=False) if attention else None
-        self.qkv = Conv(c, self.attention.streams * c if self.attention else c, 1, act=False)
+        self.attention = None if attention is None else ATTENTION[attention](c, c // head_dim, projections=False)
+        self.qkv = Conv(c, c if self.attention is None else self.attention.streams * c, 1, act=False)
         self.local = Conv(c, c, kernel_size, g=c, act=False) if kernel_size else None
         self.proj = Conv(c, c, 1, act=False)
         self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False)) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        near = None if self.local is None else self.local(qkv[:, -x.shape[1] :])
-        far = None if self.attention is None else _over_map(self.attention, qkv)
-        x = x + self.proj(far if near is None else near if far is None else far + near)
+        x = x + self.proj(self._mix(self.qkv(x), x.shape[1]))
         return x if self.mlp is None else x + self.mlp(x)
 
-
-def _over_map(attention: nn.Module, qkv: Tensor) -> Tensor:
-    grid = qkv.shape[-2:]
-    return attention(qkv.flatten(2).transpose(1, 2), grid=grid).transpose(1, 2).unflatten(2, grid)
+    def _mix(self, qkv: Tensor, C: int) -> Tensor:
+        values = qkv[:, -C:]
+        if self.attention is None:
+            assert self.local is not None
+            return self.local(values)
+        H, W = qkv.shape[2], qkv.shape[3]
+        mixed = self.attention(qkv.flatten(2).transpose(1, 2), grid=(H, W)).transpose(1, 2).unflatten(2, (H, W))
+        return mixed if self.local is None else mixed + self.local(values)
 
 
 class Rep(RepConv):

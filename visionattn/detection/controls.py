@@ -43,7 +43,7 @@ def ablated(ablation: str) -> tuple[str, dict[str, Any]]:
     Args:
         ablation: a model and what to put there, as ``yolo-lat-p:softmax``: another attention by name; ``none``, which
             takes the row away; ``conv``, a residual pair of 3x3 convolutions with as many weights; ``local``, the block
-            without attention, with its depthwise convolution alone.
+            without attention: its depthwise convolution between the projections, with fewer weights.
 
     Raises:
         ConfigError: there is no such model, it has no such row, or the replacement is unknown.
@@ -74,5 +74,7 @@ def _replace(row: list[Any], replacement: str) -> None:
         hidden = round(((4 + 2 * options["mlp_ratio"]) * c + side * side) / 18)
         row[2:] = ["Bottleneck", [c, True, 1, [3, 3], (hidden + 0.5) / c]]  # it rounds down
     else:
+        if replacement == LOCAL and not options["kernel_size"]:
+            raise ConfigError("ablation local: a LAT row has no depthwise convolution; give another ablation, as none")
         attention = None if replacement == LOCAL else replacement
         row[3] = [*(options | {"attention": attention}).values()]

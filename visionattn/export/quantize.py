@@ -30,7 +30,7 @@ HEAVY = ("Conv", "MatMul", "Gemm")
 """Operations of ONNX that are quantised."""
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
-"""The same of OpenVINO, which quantises others between them, too."""
+"""Those of OpenVINO; what lies between them is quantised along with them."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionattn.detection import WEIGHTS as TRAINED
-from visionattn.detection import in_image, resolve_model, suppress
+from visionattn.detection import WEIGHTS, in_image, resolve_model, suppress
 from visionattn.errors import ConfigError, WeightsError
 from visionattn.export.formats import format_of
 from visionattn.export.info import ModelInfo, Task, size_text
@@ -18,7 +17,7 @@ from visionattn.export.inputs import BGRImage, prepare
 from visionattn.export.network import Request, load_network
 from visionattn.export.session import Place, Session, TorchSession, torch_device
 
-WEIGHTS = (".pt", ".safetensors")
+SUFFIXES = (".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -190,10 +189,9 @@ def open_session(path: Path, place: Place | None = None, trust: bool = False) ->
     """Load weights or an exported file as a bare network; arguments and errors as :func:`load_runner`."""
     path, place = Path(resolve_model(path)), place or Place()
     if path.suffix in (".yaml", ".yml"):
-        raise WeightsError(
-            f"{path.name} is a model without weights; give the file of a training, or one of {', '.join(TRAINED)}"
-        )
-    found = None if path.suffix in WEIGHTS else format_of(path)
+        named = f", or one of {', '.join(WEIGHTS)}" if WEIGHTS else ""
+        raise WeightsError(f"{path.name}: a yaml holds no weights; give a file that training wrote{named}")
+    found = None if path.suffix in SUFFIXES else format_of(path)
     if found is None:
         torch_device(place.device)
     if not path.exists():

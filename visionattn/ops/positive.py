@@ -39,7 +39,7 @@ def linear(a: Tensor, b: Tensor, v: Tensor, keep: Tensor | None = None) -> Tenso
     weights = (b - top).exp()
     # The mean, not the sum, so that half-precision exports stay finite; log N is common to all slots and cancels.
     mass = weights.mean(-2, keepdim=True)
-    shares = weights / (mass * b.shape[-2])
+    shares = weights / b.shape[-2] / mass
     log_mass = top + mass.log()
     slots = shares.to(v.dtype).transpose(-2, -1) @ outcast(v, keep)
     return (a + log_mass).softmax(-1).to(v.dtype) @ slots
