@@ -58,8 +58,8 @@ class LAT(nn.Module):
         x = x + self.proj(self._mix(self.qkv(x), x.shape[1]))
         return x if self.mlp is None else x + self.mlp(x)
 
-    def _mix(self, qkv: Tensor, C: int) -> Tensor:
-        values = qkv[:, -C:]
+    def _mix(self, qkv: Tensor, channels: int) -> Tensor:
+        values = qkv[:, -channels:]
         if self.attention is None:
             assert self.local is not None
             return self.local(values)
