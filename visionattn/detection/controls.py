@@ -46,7 +46,8 @@ def ablated(ablation: str) -> tuple[str, dict[str, Any]]:
             without attention: its depthwise convolution between the projections, with fewer weights.
 
     Raises:
-        ConfigError: there is no such model, it has no such row, or the replacement is unknown.
+        ConfigError: there is no such model, it has no such row or, for ``local``, one without a depthwise convolution,
+            or the replacement is unknown.
     """
     model, _, replacement = ablation.rpartition(":")
     known = (NOTHING, CONVOLUTION, LOCAL, *ATTENTION)
@@ -73,8 +74,7 @@ def _replace(row: list[Any], replacement: str) -> None:
         c, side = options["c"], options["kernel_size"]
         hidden = round(((4 + 2 * options["mlp_ratio"]) * c + side * side) / 18)
         row[2:] = ["Bottleneck", [c, True, 1, [3, 3], (hidden + 0.5) / c]]  # it rounds down
+    elif replacement == LOCAL and not options["kernel_size"]:
+        raise ConfigError("ablation local: a LAT row has no depthwise convolution; give another ablation, as none")
     else:
-        if replacement == LOCAL and not options["kernel_size"]:
-            raise ConfigError("ablation local: a LAT row has no depthwise convolution; give another ablation, as none")
-        attention = None if replacement == LOCAL else replacement
-        row[3] = [*(options | {"attention": attention}).values()]
+        row[3] = [*(options | {"attention": None if replacement == LOCAL else replacement}).values()]

@@ -219,12 +219,13 @@ def _outputs(compiled: Any, batches: list[NDArray[np.float32]]) -> list[Tensor]:
 
 def _after_last_products(model: Any) -> list[str]:
     """Return the operations that no convolution or matrix product comes after."""
+    nodes = model.get_ordered_ops()
     before: set[str] = set()
-    for node in reversed(model.get_ordered_ops()):
+    for node in reversed(nodes):
         if node.get_type_name() in PRODUCTS or node.get_friendly_name() in before:
             before.add(node.get_friendly_name())
             before |= {value.get_node().get_friendly_name() for value in node.input_values()}
-    return [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_friendly_name() not in before]
+    return [node.get_friendly_name() for node in nodes if node.get_friendly_name() not in before]
 
 
 def _kept(model: Any) -> list[str]:
