@@ -48,7 +48,11 @@ def rows_of(*models, conditions=CPU, **options):
 
 
 @pytest.mark.parametrize(
-    ("model", "names"), [("test_vit", ON_CPU), ("yolo", ["torch", "torch-bf16", "torch-channels-last", "onnxruntime"])]
+    ("model", "names"),
+    [
+        pytest.param("test_vit", ON_CPU, marks=pytest.mark.slow),
+        ("yolo", ["torch", "torch-bf16", "torch-channels-last", "onnxruntime"]),
+    ],
 )
 def test_every_runtime_of_the_cpu(model, names, yolo, calibrated):
     model = yolo if model == "yolo" else model
