@@ -54,8 +54,15 @@ def test_latencies_of_detectors() -> None:
 
 
 def test_blood_cells() -> None:
-    for model, (_, (ap, ap50)) in means("bccd/league.json", "ap", "ap50").items():
-        assert f"| {model} | {ap:.3f} | {ap50:.3f} |" in RESULTS
+    fresh = means("bccd/fresh-seeds.json", "ap")
+    for model, (own, (ap, ap50)) in means("bccd/league.json", "ap", "ap50").items():
+        cells = ["-", "-"]
+        if model in fresh:
+            others, (later,) = fresh[model]
+            whole = statistics.fmean(run["scores"]["ap"] for run in [*own, *others])
+            assert [run["seed"] for run in sorted(own + others, key=lambda run: run["seed"])] == [0, 1, 2, 3, 4, 5]
+            cells = [f"{later:.3f}", f"{whole:.3f}"]
+        assert f"| {model} | {ap:.3f} | {' | '.join(cells)} | {ap50:.3f} |" in RESULTS
 
 
 ABLATED = {
@@ -70,8 +77,13 @@ ABLATED = {
 
 @pytest.mark.parametrize("label", ABLATED)
 def test_ablation(label: str) -> None:
-    found = {size: means(f"aquarium_416/ablation-{size}.json", "ap") for size in "pn"}
-    cells = [f"{found[size][f'yolo-lat-{size}{ABLATED[label]}'][1][0]:.3f}" for size in "pn"]
+    cells = []
+    for table in ("p", "n", "p-640", "n-640"):
+        runs, found = means(f"aquarium_416/ablation-{table}.json", "ap").get(
+            f"yolo-lat-{table[0]}{ABLATED[label]}", ([], None)
+        )
+        cells.append(f"{found[0]:.3f}" if found else "-")
+        assert len(runs) == (3 if found else 0)
     assert f"| {label} | {' | '.join(cells)} |" in RESULTS
 
 
@@ -79,6 +91,14 @@ def test_longer_training() -> None:
     (_, (peer,)) = means("aquarium_416/league.json", "ap")["yolo26n"]
     assert f"`-p` has {scores('aquarium_416/yolo-lat-p-seed0.json')['ap']:.3f}" in RESULTS
     assert f"YOLO26n's after 300 is {peer:.3f}" in RESULTS
+    runs, (longer,) = means("yolo_lat_search/long-p-2400.json", "ap")["yolo-lat-p"]
+    assert f"for 2,400 epochs {longer:.3f} over {['', 'one', 'two', 'three'][len(runs)]} seeds" in RESULTS
+
+
+def test_branch_without_suppression() -> None:
+    files = [f"yolo_lat_search/nms-free-stock-seed{seed}-{{}}.json" for seed in range(3)]
+    free, with_nms = (statistics.fmean(scores(file.format(nms))["ap"] for file in files) for nms in ("free", "none"))
+    assert f"has {free:.3f} AP without NMS and {with_nms:.3f} with it" in README
 
 
 def test_quickstart_output() -> None:
