@@ -47,7 +47,7 @@ def main(
     ] = None,
     ablate: Annotated[
         list[str] | None,
-        typer.Option(help="a model with another attention, as yolo-lat-p:softmax, or :local, :conv, :none; repeatable"),
+        typer.Option(help="a model with another attention, as yolo-lat-p:uniform, or :local, :conv, :none; repeatable"),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0 if left out")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at once")] = 1,
@@ -61,6 +61,8 @@ def main(
     if not isinstance(recipe, DetectConfig):
         raise ConfigError(f"{config} is of task {recipe.task}; give one of configs/detect/")
     timed = read_latency(latency) if latency else []
+    if not (model or control or ablate):
+        raise ConfigError("no model to train; give --model, --control or --ablate")
     before = read_benchmark(output, recipe)
     made = [*map(narrow_control, control or ()), *map(ablated, ablate or ())]
     models = [*(model or ()), *write_models(made, recipe.output / "models")]

@@ -26,7 +26,9 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key: key.sub=value; repeatable.", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; begin it if it was not begun.")
+    ] = False,
     trust: Annotated[
         bool, typer.Option("--trust-weights", help="Load .pt weights even if they may run code; for your own files.")
     ] = False,

@@ -40,6 +40,8 @@ def test_refusals() -> None:
         LAT(16, head_dim=5)
     with pytest.raises(UnknownNameError, match="nearest: softmax"):
         LAT(16, head_dim=8, attention="sofmax")
+    with pytest.raises(ConfigError, match=r"c=16.*32 channels"):
+        LAT(16, head_dim=8)(torch.zeros(1, 32, 4, 4))
     with pytest.raises(ConfigError, match="neither attention nor kernel_size"):
         LAT(16, head_dim=8, attention=None, kernel_size=0)
 

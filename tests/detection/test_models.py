@@ -14,6 +14,7 @@ from ultralytics import YOLO
 from ultralytics.nn import tasks
 
 from tests.detection.conftest import FAST
+from visionattn.attention import ATTENTION, Attention
 from visionattn.detection import LAT, MODELS, YOLOLAT, registration
 from visionattn.errors import UnknownNameError
 
@@ -47,6 +48,15 @@ def test_name_path_and_plain_yolo_build_the_same() -> None:
     by_name, by_suffix, by_path = YOLOLAT("yolo-lat-n"), YOLOLAT("yolo-lat-n.yaml"), YOLO(MODELS["yolo-lat-n"])
     shapes = [{k: v.shape for k, v in m.model.state_dict().items()} for m in (by_name, by_suffix, by_path)]
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_a_file_of_ones_own_goes_before_the_packaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = MODELS["yolo-lat-n"].read_text().replace("ela_hadamard", "uniform")
+    (tmp_path / "yolo-lat-n.yaml").write_text(changed)
+    monkeypatch.chdir(tmp_path)
+    names = ["yolo-lat-n.yaml", "yolo-lat-n"]
+    blocks = {name: [type(m) for m in YOLOLAT(name).model.modules() if isinstance(m, Attention)] for name in names}
+    assert blocks == {"yolo-lat-n.yaml": [ATTENTION["uniform"]], "yolo-lat-n": [ATTENTION["ela_hadamard"]]}
 
 
 def test_unknown_size() -> None:

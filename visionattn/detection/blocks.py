@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 
 import timm
+import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules import Conv, Detect, RepConv
 
@@ -30,7 +31,8 @@ class LAT(nn.Module):
         kernel_size: side of the depthwise convolution; 0: no convolution.
 
     Raises:
-        ConfigError: ``head_dim`` does not divide ``c``, or there is neither attention nor convolution.
+        ConfigError: ``head_dim`` does not divide ``c``, there is neither attention nor convolution, or, in ``forward``,
+            the map has not ``c`` channels.
         UnknownNameError: no such attention.
     """
 
@@ -55,8 +57,16 @@ class LAT(nn.Module):
         self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False)) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check(x)
         x = x + self.proj(self._mix(self.qkv(x), x.shape[1]))
         return x if self.mlp is None else x + self.mlp(x)
+
+    @torch.jit.unused
+    def _check(self, x: Tensor) -> None:
+        c = self.qkv.conv.in_channels
+        if not torch.jit.is_tracing() and x.shape[1] != c:  # type: ignore[no-untyped-call, attr-defined]
+            raise ConfigError(f"LAT: c={c}, but its input has {x.shape[1]} channels; give it those of the row before")
 
     def _mix(self, qkv: Tensor, channels: int) -> Tensor:
         values = qkv[:, -channels:]

@@ -23,15 +23,17 @@ WEIGHTS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parents[2]
 def resolve_model(model: str | Path) -> str:
     """Return the path of a packaged model (``yolo-lat-n``, with or without ``.yaml``) or of weights by name.
 
-    Anything else is returned as it is.
+    Anything else is returned as it is, and so is the name of a file that exists.
 
     Raises:
         UnknownNameError: the name begins like one of ours, but there is neither such a model nor such a file.
     """
     name = str(model).removesuffix(".yaml")
+    if Path(model).is_file():
+        return str(model)
     if name in MODELS:
         return str(MODELS[name])
-    if name in WEIGHTS and not Path(model).exists():
+    if name in WEIGHTS:
         return str(WEIGHTS[name])
     if name.startswith("yolo-lat") and not Path(model).exists():
         raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, (*MODELS, *WEIGHTS))}")
