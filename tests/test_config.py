@@ -46,6 +46,7 @@ def test_overrides(tmp_path: Path) -> None:
         (DETECT, ["timm.model.x=1"], r"unknown key timm; accepted"),
         (DETECT, ["epochs=many"], r"epochs: got 'many', input should be a valid integer"),
         (DETECT, ["epochs=0"], r"epochs: got 0, .*greater than or equal to 1"),
+        (DETECT, ["imgsz=32"], r"imgsz: got 32, .*greater than or equal to 64"),
         (DETECT, ["epochs"], r"--set epochs: expected key\.sub=value"),
         (DETECT + "loader: gpu\n", [], r"loader: got 'gpu', input should be 'workers' or 'device'"),
         (CLASSIFY + "loader: device\n", [], r"unknown key loader"),

@@ -54,13 +54,14 @@ def test_latencies_of_detectors() -> None:
 
 
 def test_blood_cells() -> None:
-    fresh = means("bccd/fresh-seeds.json", "ap")
-    for model, (own, (ap, ap50)) in means("bccd/league.json", "ap", "ap50").items():
+    league, fresh = means("bccd/league.json", "ap", "ap50"), means("bccd/fresh-seeds.json", "ap")
+    assert set(fresh) < set(league)
+    for model, (own, (ap, ap50)) in league.items():
         cells = ["-", "-"]
         if model in fresh:
             others, (later,) = fresh[model]
-            whole = statistics.fmean(run["scores"]["ap"] for run in [*own, *others])
-            assert [run["seed"] for run in sorted(own + others, key=lambda run: run["seed"])] == [0, 1, 2, 3, 4, 5]
+            assert sorted(run["seed"] for run in own + others) == list(range(6))
+            whole = statistics.fmean(run["scores"]["ap"] for run in own + others)
             cells = [f"{later:.3f}", f"{whole:.3f}"]
         assert f"| {model} | {ap:.3f} | {' | '.join(cells)} | {ap50:.3f} |" in RESULTS
 
@@ -79,11 +80,9 @@ ABLATED = {
 def test_ablation(label: str) -> None:
     cells = []
     for table in ("p", "n", "p-640", "n-640"):
-        runs, found = means(f"aquarium_416/ablation-{table}.json", "ap").get(
-            f"yolo-lat-{table[0]}{ABLATED[label]}", ([], None)
-        )
-        cells.append(f"{found[0]:.3f}" if found else "-")
-        assert len(runs) == (3 if found else 0)
+        found = means(f"aquarium_416/ablation-{table}.json", "ap").get(f"yolo-lat-{table[0]}{ABLATED[label]}")
+        assert found is None or len(found[0]) == 3
+        cells.append("-" if found is None else f"{found[1][0]:.3f}")
     assert f"| {label} | {' | '.join(cells)} |" in RESULTS
 
 
@@ -92,13 +91,15 @@ def test_longer_training() -> None:
     assert f"`-p` has {scores('aquarium_416/yolo-lat-p-seed0.json')['ap']:.3f}" in RESULTS
     assert f"YOLO26n's after 300 is {peer:.3f}" in RESULTS
     runs, (longer,) = means("yolo_lat_search/long-p-2400.json", "ap")["yolo-lat-p"]
-    assert f"for 2,400 epochs {longer:.3f} over {['', 'one', 'two', 'three'][len(runs)]} seeds" in RESULTS
+    assert len(runs) == 3
+    assert f"for 2,400 epochs {longer:.3f} over three seeds" in RESULTS
 
 
 def test_branch_without_suppression() -> None:
-    files = [f"yolo_lat_search/nms-free-stock-seed{seed}-{{}}.json" for seed in range(3)]
-    free, with_nms = (statistics.fmean(scores(file.format(nms))["ap"] for file in files) for nms in ("free", "none"))
-    assert f"has {free:.3f} AP without NMS and {with_nms:.3f} with it" in README
+    def mean(nms: str) -> float:
+        return statistics.fmean(scores(f"yolo_lat_search/nms-free-stock-seed{s}-{nms}.json")["ap"] for s in range(3))
+
+    assert f"has {mean('free'):.3f} AP without NMS and {mean('none'):.3f} with it" in README
 
 
 def test_quickstart_output() -> None:

@@ -61,9 +61,9 @@ def main(
     if not isinstance(recipe, DetectConfig):
         raise ConfigError(f"{config} is of task {recipe.task}; give one of configs/detect/")
     timed = read_latency(latency) if latency else []
-    if not (model or control or ablate):
-        raise ConfigError("no model to train; give --model, --control or --ablate")
     before = read_benchmark(output, recipe)
+    if not (model or control or ablate or before.runs):
+        raise ConfigError(f"no model to train, and no runs in {output}; give --model, --control or --ablate")
     made = [*map(narrow_control, control or ()), *map(ablated, ablate or ())]
     models = [*(model or ()), *write_models(made, recipe.output / "models")]
     waiting = [entry for entry in plan_runs(recipe, models, seed or [0]) if not before.trained(entry)]

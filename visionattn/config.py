@@ -52,7 +52,9 @@ class DetectConfig(_Common):
     """A detector trained by Ultralytics."""
 
     task: Literal["detect"]
-    imgsz: int = Field(default=320, ge=64, description="side of the square training image, in pixels")
+    imgsz: int = Field(
+        default=320, ge=64, description="side of the square training image, in pixels; at least two cells of stride 32"
+    )
     loader: Literal["workers", "device"] = Field(
         default="workers", description="where batches are made: by Ultralytics in processes, or on the training device"
     )

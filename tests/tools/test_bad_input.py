@@ -122,6 +122,7 @@ def test_batches_made_on_the_device_know_no_albumentations(call, place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "no model to train, and no runs in league.json; give --model"),
         (["--model", "yolo-lat-p", "--model", "else/yolo-lat-p.yaml"], "models share the names yolo-lat-p; give each"),
         (["--model", "yolo-lat-p", "--seed", "1", "--seed", "1"], "got the seeds 1, 1; give each once"),
         (["--control", "yolo26:slim"], "control 'yolo26:slim'; expected a family of Ultralytics and a width"),

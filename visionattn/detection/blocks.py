@@ -62,11 +62,10 @@ class LAT(nn.Module):
         x = x + self.proj(self._mix(self.qkv(x), x.shape[1]))
         return x if self.mlp is None else x + self.mlp(x)
 
-    @torch.jit.unused
     def _check(self, x: Tensor) -> None:
         c = self.qkv.conv.in_channels
         if not torch.jit.is_tracing() and x.shape[1] != c:  # type: ignore[no-untyped-call, attr-defined]
-            raise ConfigError(f"LAT: c={c}, but its input has {x.shape[1]} channels; give it those of the row before")
+            raise ConfigError(f"LAT: got c={c} for a map of {x.shape[1]} channels; write c={x.shape[1]}")
 
     def _mix(self, qkv: Tensor, channels: int) -> Tensor:
         values = qkv[:, -channels:]

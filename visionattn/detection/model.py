@@ -23,14 +23,14 @@ WEIGHTS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parents[2]
 def resolve_model(model: str | Path) -> str:
     """Return the path of a packaged model (``yolo-lat-n``, with or without ``.yaml``) or of weights by name.
 
-    Anything else is returned as it is, and so is the name of a file that exists.
+    A file that exists goes before a packaged one; anything else is returned as it is.
 
     Raises:
         UnknownNameError: the name begins like one of ours, but there is neither such a model nor such a file.
     """
-    name = str(model).removesuffix(".yaml")
-    if Path(model).is_file():
+    if Path(model).suffix and Path(model).is_file():
         return str(model)
+    name = str(model).removesuffix(".yaml")
     if name in MODELS:
         return str(MODELS[name])
     if name in WEIGHTS:
