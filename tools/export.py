@@ -39,7 +39,11 @@ def main(
     batch: Annotated[int, typer.Option(help="images of a batch; those to tune for, if it is dynamic")] = 1,
     dynamic: Annotated[str, typer.Option(help="what a caller may choose: batch, size, or batch,size")] = "",
     nms: Annotated[
-        NMS, typer.Option(help="of a detector: none, raw predictions; embedded in the graph; free, by an NMS-free head")
+        NMS,
+        typer.Option(
+            help="of a detector: none, raw predictions; embedded in the graph; free, by an NMS-free head; "
+            "peaks, by both branches of such a head, without NMS"
+        ),
     ] = "none",
     conf: Annotated[float, typer.Option(help="fixed in the file by --nms embedded; for AP next to nothing")] = 0.001,
     iou: Annotated[float, typer.Option(help="likewise")] = 0.7,

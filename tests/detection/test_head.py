@@ -211,3 +211,52 @@ def test_weights_of_other_classes_are_a_beginning(tmp_path: Path) -> None:
     for name in ("0.conv.weight", "4.qkv.conv.weight", "5.cv2.1.0.weight"):
         torch.testing.assert_close(other.state_dict()[f"model.{name}"], network.state_dict()[f"model.{name}"])
     assert other.model[-1].cv3[0][0].weight.shape == (5, 16, 1, 1)
+
+
+STOCK = """
+nc: 2
+reg_max: 1
+end2end: {end2end}
+backbone:
+  - [-1, 1, Conv, [8, 3, 4]]
+  - [-1, 1, Conv, [16, 3, 2]] # 1 stride 8
+  - [-1, 1, Conv, [16, 3, 2]] # 2 stride 16
+head:
+  - [[1, 2], 1, {head}, [nc]]
+"""
+
+
+@pytest.mark.parametrize("head", ["Detect", "LinearDetect"])
+def test_a_second_stage_begins_with_the_branch_that_is_trained(head: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Everything else frozen, it alone learns."""
+
+    def network(end2end: str) -> YOLOLAT:
+        path = tmp_path / f"{end2end}.yaml"
+        path.write_text(STOCK.format(end2end=end2end, head=head))
+        return YOLOLAT(path)
+
+    first, second, seen = network("false"), network("true"), []
+    randomised(first.model)
+    first.save(tmp_path / "first.pt")
+    second.add_callback("on_train_start", lambda trainer: seen.append(copy.deepcopy(trainer.model.state_dict())))
+    second.train(
+        data=str(tiny_data),
+        epochs=1,
+        save_dir=str(tmp_path / "run"),
+        val=False,
+        pretrained=str(tmp_path / "first.pt"),
+        freeze=[0, 1, 2, "3.cv2", "3.cv3"],
+        **FAST,
+    )
+    trained = load_detector(tmp_path / "run" / "weights" / "best.pt").model.float().state_dict()
+    for key, value in first.model.half().float().state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        torch.testing.assert_close(seen[0][key].float(), value, msg=key)
+        torch.testing.assert_close(trained[key], value, msg=key)
+    alike = [key for key in seen[0] if "one2one_" in key and key.replace("one2one_", "") in seen[0]]
+    assert any("cv2" in key for key in alike)
+    assert any("cv3" in key for key in alike) == (head == "Detect")
+    for key in alike:
+        torch.testing.assert_close(seen[0][key], seen[0][key.replace("one2one_", "")], msg=key)
+    assert any(not torch.equal(trained[key], seen[0][key].float()) for key in alike if "weight" in key)

@@ -9,7 +9,7 @@ import yaml
 from torchvision.ops import batched_nms
 
 from tests.export.conftest import SIZE, description, make_detector, pictures, raw_truth
-from visionattn.detection import load_detector
+from visionattn.detection import DetectionNetwork, load_detector
 from visionattn.engine.evaluate import evaluate
 from visionattn.errors import ConfigError, ParityError, UnsupportedError
 from visionattn.export import load_runner
@@ -212,9 +212,26 @@ class TestFreeHead:
         assert raw.shape[1] == 7
         torch.testing.assert_close(open_session(done.path, trust=True)(images)[0].double(), raw, rtol=1e-4, atol=1e-3)
 
-    def test_a_detector_without_such_a_head(self, tiny, tmp_path):
+    @pytest.mark.parametrize("nms", ["free", "peaks"])
+    def test_a_detector_without_such_a_head(self, tiny, tmp_path, nms):
         with pytest.raises(UnsupportedError, match=r"no NMS-free head \(end2end: true in its yaml\); use none"):
-            export(Request(str(tiny), SIZE, nms="free"), "onnx", tmp_path / "m.onnx")
+            export(Request(str(tiny), SIZE, nms=nms), "onnx", tmp_path / "m.onnx")
+
+    @pytest.mark.parametrize(
+        "form", ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "torchscript", "pt2"))]
+    )
+    def test_both_branches_at_any_size(self, exported, tiny_free, form):
+        done = exported(tiny_free, form, size=SIZE, nms="peaks", dynamic=("batch", "size"))
+        session, truth = open_session(done.path, trust=True), DetectionNetwork(load_detector(tiny_free), "peaks")
+        assert done.info.nms == "peaks"
+        for count, size in ((3, SIZE), (1, (128, 160))):
+            images = pictures(count, size)
+            found, expected = session(images)[0], truth(images)
+            assert found.shape == expected.shape
+            assert (expected[..., 4] > 0.3).sum() > 5
+            torch.testing.assert_close(found[..., 4], expected[..., 4], rtol=1e-3, atol=1e-5)
+            likely = expected[..., 4] > 0.3
+            torch.testing.assert_close(found[likely], expected[likely], rtol=1e-4, atol=5e-3)
 
     def test_untrained_weights_cannot_be_compared(self, tmp_path):
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(description(end2end=True, nc=80)))

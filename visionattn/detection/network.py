@@ -5,54 +5,71 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules import Detect
 
 from visionattn.detection.model import YOLOLAT
+from visionattn.detection.peaks import PeakHead
 from visionattn.errors import UnsupportedError
 
-NMS = Literal["none", "embedded", "free"]
+NMS = Literal["none", "embedded", "free", "peaks"]
 
 
 class DetectionNetwork(nn.Module):
     """Float32 images (B, 3, H, W), RGB in 0..1, to raw predictions.
 
     With ``nms="none"`` these are (B, 4 + classes, anchors): box centre, width and height in pixels, then a score a
-    class. With ``nms="free"`` they are the (B, 300, 6) of an NMS-free head: x1, y1, x2, y2, score, class.
+    class. With ``nms="free"`` they are the (B, 300, 6) of an NMS-free head: x1, y1, x2, y2, score, class;
+    with ``nms="peaks"`` those of both its branches, see :class:`~visionattn.detection.peaks.PeakHead`.
 
     In half precision everything is, but the decoding of boxes and scores: 16 bits tell coordinates above 1024 pixels
     apart only by whole ones.
 
     Args:
         detector: what to run; it is copied.
-        nms: ``none`` or ``free``.
+        nms: ``none``, ``free`` or ``peaks``.
         half: run in float16.
 
     Raises:
-        UnsupportedError: ``free`` is asked of a head without an NMS-free branch.
+        UnsupportedError: ``free`` or ``peaks`` is asked of a head without an NMS-free branch.
     """
 
     def __init__(self, detector: YOLOLAT, nms: NMS = "none", half: bool = False) -> None:
         super().__init__()
         model: Any = copy.deepcopy(detector.model).float().eval()
         head = model.model[-1]
-        if nms == "free" and getattr(head, "one2one_cv2", None) is None:
-            raise UnsupportedError("nms=free: this detector has no NMS-free head (end2end: true in its yaml); use none")
-        head.end2end = nms == "free"
+        if nms != "none" and getattr(head, "one2one_cv2", None) is None:
+            raise UnsupportedError(
+                f"nms={nms}: this detector has no NMS-free head (end2end: true in its yaml); use none"
+            )
+        head.end2end = nms != "none"
+        if nms == "peaks":
+            head.fuse = _keep_both
         self.model = model.fuse(verbose=False).requires_grad_(False)
         head.export, head.dynamic = True, True
+        if nms == "peaks":
+            head.cv2 = None
+            self.model.model[-1] = PeakHead(head)
         self.half_precision = half
         if half:
             self.model.half()
             head.dfl.float()
-            for branches in (head.one2one if head.end2end else head.one2many).values():
+            read = [*(head.one2one if head.end2end else head.one2many).values()]
+            for branches in [*read, head.cv3] if nms == "peaks" else read:
                 for index, branch in enumerate(branches):
                     branches[index] = nn.Sequential(*branch, _Widen())
 
     def settle(self) -> None:
         """Keep the anchors of the last input's size, as a CUDA graph needs; another size makes others."""
-        self.model.model[-1].dynamic = False
+        for module in self.modules():
+            if isinstance(module, Detect):
+                module.dynamic = False
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.half() if self.half_precision else images)
+
+
+def _keep_both() -> None:
+    """Stand in for the head's own ``fuse``, which removes the branch that is not asked for."""
 
 
 class _Widen(nn.Module):

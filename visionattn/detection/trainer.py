@@ -12,7 +12,7 @@ from typing import Any
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import RANK
-from ultralytics.utils.torch_utils import strip_optimizer
+from ultralytics.utils.torch_utils import intersect_dicts, strip_optimizer
 
 from visionattn.detection.device_loader import DeviceLoader
 
@@ -32,6 +32,13 @@ class LATTrainer(DetectionTrainer):
         if self.ddp:
             self.save_dir = Path(tempfile.mkdtemp())  # Ultralytics removes it before it starts the workers
         super().train()
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """Build the network; an NMS-free branch that ``weights`` lack begins as a copy of their branch with NMS."""
+        network = super().get_model(cfg, weights, verbose)
+        if weights is not None and getattr(weights.model[-1], "one2one_cv2", None) is None:
+            _copy_branch(network.model[-1])
+        return network
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
         """Build a data set whose labels are read from their files."""
@@ -97,6 +104,14 @@ def strip(checkpoint: Path) -> None:
     partial = _beside(checkpoint, "partial")
     strip_optimizer(checkpoint, str(partial))
     partial.replace(checkpoint)
+
+
+def _copy_branch(head: Any) -> None:
+    """Give the NMS-free branch, if there is one, the weights of the other as far as their layers are the same."""
+    if getattr(head, "one2one_cv2", None) is None:
+        return
+    for one, many in zip(head.one2one.values(), head.one2many.values(), strict=True):
+        one.load_state_dict(intersect_dicts(many.state_dict(), one.state_dict()), strict=False)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class ModelInfo(BaseModel):
         max_batch: of an engine with a dynamic batch, the largest; larger ones are split.
         max_size: of an engine with a dynamic size, the largest (H, W).
         nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph)
-            or ``free`` (boxes of an NMS-free head).
+            ``free`` (boxes of an NMS-free head) or ``peaks`` (of both its branches).
         conf: of an embedded suppression: boxes of a lower score are not in the output.
         iou: of an embedded suppression: so are boxes of a class that overlap a better one by more.
         max_det: of an embedded suppression: most boxes of an image.

@@ -27,7 +27,7 @@ class Request:
         batch: images of a batch.
         dynamic: which of ``batch`` and ``size`` a caller of the network may choose.
         precision: ``int8`` networks start as ``fp32``.
-        nms: of a detector: ``none``, ``embedded`` or ``free``.
+        nms: of a detector: ``none``, ``embedded``, ``free`` or ``peaks``.
         thresholds: of an embedded suppression.
         features: the feature maps of a timm model instead of its logits.
         model_kwargs: further arguments of ``timm.create_model``.
@@ -92,7 +92,7 @@ def _detector(request: Request) -> Network:
     names, side, stride = classes_and_size(detector)
 
     def made(half: bool) -> nn.Module:
-        network = DetectionNetwork(detector, "free" if request.nms == "free" else "none", half)
+        network = DetectionNetwork(detector, "none" if request.nms == "embedded" else request.nms, half)
         return (EmbeddedNMS(network, request.thresholds) if request.nms == "embedded" else network).eval()
 
     truth = made(False)
