@@ -1,5 +1,6 @@
 """NMS-free boxes by both branches of a head: the scores of both, less where they are no peak of their maps."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch.nn import functional as F
 SHARE = 0.75
 """Weight of the branch with NMS in the geometric mean of both scores."""
 
-DAMPING = 0.1
-"""Factor of scores that are no peak."""
+STEEPNESS = 32
+"""Power of a score's share of the best one around it: steep, and yet rounding moves no score far."""
+
+FLOOR = 0.1
+"""Least factor of a score that is no peak, so that neighbours still come, after the peaks."""
 
 
 class PeakHead(nn.Module):
@@ -34,27 +38,31 @@ class PeakHead(nn.Module):
         """Return boxes (B, 300, 6), or fewer where there are fewer places: x1, y1, x2, y2, score, class."""
         head = self.head
         sides = torch.cat([branch(x).flatten(2) for branch, x in zip(head.one2one_cv2, maps, strict=True)], dim=2)
-        scores = [
-            (SHARE * F.logsigmoid(many(x)) + (1 - SHARE) * F.logsigmoid(one(x))).exp()
+        scores = [  # logarithms; the sigmoid of some runtimes is zero where that of Torch is merely small
+            -SHARE * F.softplus(-many(x)) - (1 - SHARE) * F.softplus(-one(x))
             for many, one, x in zip(head.cv3, head.one2one_cv3, maps, strict=True)
         ]
         boxes = head._get_decode_boxes({"boxes": sides, "feats": maps})
-        flat = torch.cat([level.flatten(2) for level in damped(scores)], dim=2)
+        flat = torch.cat([level.flatten(2) for level in damped(scores)], dim=2).exp()
         return head.postprocess(torch.cat((boxes, flat), dim=1).transpose(1, 2))
 
 
 def damped(scores: list[Tensor]) -> list[Tensor]:
-    """Scale down the scores that a neighbour exceeds.
+    """Lower the scores that a neighbour exceeds.
 
     Args:
-        scores: maps (B, classes, H, W) of scores, finest first, each half as high and wide as the one before.
+        scores: maps (B, classes, H, W) of logarithms of scores, finest first, each half as high and wide as the one
+            before.
 
     Returns:
-        Maps of the same shapes.
+        Maps of the same shapes: logarithms of the scores, times :data:`FLOOR` at least.
     """
     around = [F.max_pool2d(level, 3, 1, 1) for level in scores]
     best = [torch.stack([_at(other, j - i) for j, other in enumerate(around)]).amax(0) for i in range(len(around))]
-    return [torch.where(level >= most, level, DAMPING * level) for level, most in zip(scores, best, strict=True)]
+    return [
+        level + (STEEPNESS * (level - most)).clamp(min=math.log(FLOOR))
+        for level, most in zip(scores, best, strict=True)
+    ]
 
 
 def _at(level: Tensor, halvings: int) -> Tensor:
