@@ -68,7 +68,7 @@ class TestRequests:
     def test_options_of_timm_for_a_detector(self, tiny, tmp_path, option):
         refused(ConfigError, "is a detector; features and model_kwargs", tmp_path, weights=str(tiny), **option)
 
-    @pytest.mark.parametrize("nms", ["embedded", "free"])
+    @pytest.mark.parametrize("nms", ["embedded", "free", "peaks"])
     def test_suppression_for_a_classifier(self, classifier, tmp_path, nms):
         refused(ConfigError, f"nms={nms}: .* is no detector", tmp_path, "onnx", weights=str(classifier[1]), nms=nms)
 

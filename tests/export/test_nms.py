@@ -179,7 +179,7 @@ def test_a_file_that_suppresses_nothing_is_found(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["torchscript", "tensorrt-rtx"])
 def test_formats_that_cannot_hold_a_suppression(tiny, tmp_path, form):
-    with pytest.raises(UnsupportedError, match=f"{form} has no operation for nms=embedded; use none or free"):
+    with pytest.raises(UnsupportedError, match=f"{form} has no operation for nms=embedded; use none, free or peaks"):
         export(Request(str(tiny), SIZE, nms="embedded"), form, tmp_path / f"m{FORMATS[form].suffix}")
     assert not list(tmp_path.iterdir())
 

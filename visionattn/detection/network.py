@@ -30,7 +30,8 @@ class DetectionNetwork(nn.Module):
         half: run in float16.
 
     Raises:
-        UnsupportedError: ``free`` or ``peaks`` is asked of a head without an NMS-free branch.
+        UnsupportedError: ``free`` or ``peaks`` is asked of a head without an NMS-free branch, or ``peaks`` of one
+            that :class:`~visionattn.detection.peaks.PeakHead` refuses.
     """
 
     def __init__(self, detector: YOLOLAT, nms: NMS = "none", half: bool = False) -> None:
@@ -43,18 +44,15 @@ class DetectionNetwork(nn.Module):
             )
         head.end2end = nms != "none"
         if nms == "peaks":
-            head.fuse = _keep_both
+            model.model[-1] = PeakHead(head)
         self.model = model.fuse(verbose=False).requires_grad_(False)
         head.export, head.dynamic = True, True
-        if nms == "peaks":
-            head.cv2 = None
-            self.model.model[-1] = PeakHead(head)
         self.half_precision = half
         if half:
             self.model.half()
             head.dfl.float()
-            read = [*(head.one2one if head.end2end else head.one2many).values()]
-            for branches in [*read, head.cv3] if nms == "peaks" else read:
+            last = [*(head.one2one if head.end2end else head.one2many).values()]
+            for branches in [*last, model.model[-1].many] if nms == "peaks" else last:
                 for index, branch in enumerate(branches):
                     branches[index] = nn.Sequential(*branch, _Widen())
 
@@ -66,10 +64,6 @@ class DetectionNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.half() if self.half_precision else images)
-
-
-def _keep_both() -> None:
-    """Stand in for the head's own ``fuse``, which removes the branch that is not asked for."""
 
 
 class _Widen(nn.Module):

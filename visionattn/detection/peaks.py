@@ -1,11 +1,14 @@
 """NMS-free boxes by both branches of a head: the scores of both, less where they are no peak of their maps."""
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from visionattn.errors import UnsupportedError
 
 SHARE = 0.75
 """Weight of the branch with NMS in the geometric mean of both scores."""
@@ -27,10 +30,19 @@ class PeakHead(nn.Module):
 
     Args:
         head: an Ultralytics ``Detect`` with both branches; its maps halve in size, finest first.
+
+    Raises:
+        UnsupportedError: its maps do not, or fusing has removed the branch with NMS.
     """
 
     def __init__(self, head: Any) -> None:
         super().__init__()
+        if head.cv3 is None:
+            raise UnsupportedError("nms=peaks: fusing has removed the branch with NMS from these weights; use free")
+        strides = head.stride.tolist()
+        if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
+            raise UnsupportedError(f"nms=peaks: got maps of strides {strides}, expected each twice the last; use free")
+        self.many = head.cv3  # the head's own fuse() removes it there
         self.head = head
         self.f, self.i = head.f, head.i
 
@@ -38,9 +50,9 @@ class PeakHead(nn.Module):
         """Return boxes (B, 300, 6), or fewer where there are fewer places: x1, y1, x2, y2, score, class."""
         head = self.head
         sides = torch.cat([branch(x).flatten(2) for branch, x in zip(head.one2one_cv2, maps, strict=True)], dim=2)
-        scores = [  # logarithms; the sigmoid of some runtimes is zero where that of Torch is merely small
+        scores = [  # logarithms; logsigmoid is exported as log(sigmoid), which runtimes round to log(0)
             -SHARE * F.softplus(-many(x)) - (1 - SHARE) * F.softplus(-one(x))
-            for many, one, x in zip(head.cv3, head.one2one_cv3, maps, strict=True)
+            for many, one, x in zip(self.many, head.one2one_cv3, maps, strict=True)
         ]
         boxes = head._get_decode_boxes({"boxes": sides, "feats": maps})
         flat = torch.cat([level.flatten(2) for level in damped(scores)], dim=2).exp()

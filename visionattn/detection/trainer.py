@@ -6,13 +6,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.modules import Detect
 from ultralytics.utils import RANK
-from ultralytics.utils.torch_utils import intersect_dicts, strip_optimizer
+from ultralytics.utils.torch_utils import strip_optimizer
 
 from visionattn.detection.device_loader import DeviceLoader
 
@@ -34,9 +36,10 @@ class LATTrainer(DetectionTrainer):
         super().train()
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """Build the network; an NMS-free branch that ``weights`` lack begins as a copy of their branch with NMS."""
+        """Build the network; an NMS-free branch that ``weights`` lack begins as a copy of their other one."""
         network = super().get_model(cfg, weights, verbose)
-        if weights is not None and getattr(weights.model[-1], "one2one_cv2", None) is None:
+        source = getattr(weights, "model", [None])[-1]
+        if isinstance(source, Detect) and getattr(source, "one2one_cv2", None) is None:
             _copy_branch(network.model[-1])
         return network
 
@@ -107,11 +110,13 @@ def strip(checkpoint: Path) -> None:
 
 
 def _copy_branch(head: Any) -> None:
-    """Give the NMS-free branch, if there is one, the weights of the other as far as their layers are the same."""
+    """Make the NMS-free branch, if there is one, a copy of the other where their layers are the same."""
     if getattr(head, "one2one_cv2", None) is None:
         return
-    for one, many in zip(head.one2one.values(), head.one2many.values(), strict=True):
-        one.load_state_dict(intersect_dicts(many.state_dict(), one.state_dict()), strict=False)
+    for name in ("cv2", "cv3"):
+        many = getattr(head, name)
+        if many.state_dict().keys() == getattr(head, f"one2one_{name}").state_dict().keys():
+            setattr(head, f"one2one_{name}", deepcopy(many))
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def _check(request: Request, form: str, writer: Format, calibration: Calibration
             f"{form} holds {', '.join(writer.precisions)}; got {request.precision}; choose another format"
         )
     if request.nms == "embedded" and not writer.embeds_nms:
-        raise UnsupportedError(f"{form} has no operation for nms=embedded; use none or free, or another format")
+        raise UnsupportedError(f"{form} has no operation for nms=embedded; use none, free or peaks, or another format")
     if (request.precision == "int8") != (calibration is not None):
         raise ConfigError("int8 needs images to calibrate by, and nothing else does: give --calibrate DATA with int8")
 

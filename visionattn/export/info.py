@@ -31,7 +31,7 @@ class ModelInfo(BaseModel):
         dynamic: which of ``batch`` and ``size`` a caller may choose.
         max_batch: of an engine with a dynamic batch, the largest; larger ones are split.
         max_size: of an engine with a dynamic size, the largest (H, W).
-        nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph)
+        nms: of a detector: ``none`` (raw predictions), ``embedded`` (boxes, overlapping ones suppressed in the graph),
             ``free`` (boxes of an NMS-free head) or ``peaks`` (of both its branches).
         conf: of an embedded suppression: boxes of a lower score are not in the output.
         iou: of an embedded suppression: so are boxes of a class that overlap a better one by more.
