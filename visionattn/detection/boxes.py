@@ -53,7 +53,7 @@ def suppress(raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bo
 def _best_class(boxes: Tensor) -> Tensor:
     """Keep the first of those rows (n, 6) whose boxes are the same to the bit: its best class."""
     same = (boxes[:, None, :4] == boxes[None, :, :4]).all(-1)
-    return boxes[same.int().argmax(1) == torch.arange(len(boxes), device=boxes.device)]
+    return boxes[~same.tril(-1).any(1)]
 
 
 def in_image(boxes: Tensor, size: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
