@@ -95,11 +95,30 @@ def test_longer_training() -> None:
     assert f"for 2,400 epochs {longer:.3f} over three seeds" in RESULTS
 
 
-def test_branch_without_suppression() -> None:
-    def mean(nms: str) -> float:
-        return statistics.fmean(scores(f"yolo_lat_search/nms-free-stock-seed{s}-{nms}.json")["ap"] for s in range(3))
+def test_boxes_without_suppression() -> None:
+    def mean(name: str, nms: str, seeds: int = 3) -> str:
+        files = [f"{name}-seed{s}" for s in range(seeds)] or [name]
+        found = [scores(f"yolo_lat_search/peaks/{file}-{nms}-val.json")["ap"] for file in files]
+        return f"{statistics.fmean(found):.3f}"
 
-    assert f"has {mean('free'):.3f} AP without NMS and {mean('none'):.3f} with it" in README
+    free, peaks, none = (mean("together", nms) for nms in ("free", "peaks", "none"))
+    assert f"{free} AP by that branch, {peaks} by both branches together (`--nms peaks`), and {none} with NMS" in README
+    peaks, none = (mean("second-stage-long", nms, 0) for nms in ("peaks", "none"))
+    assert f"it loses nothing: {peaks} by both branches, {none} with NMS" in README
+    peaks, none = (mean("second-stage", nms) for nms in ("peaks", "none"))
+    assert f"{peaks} and {none} over three seeds after a shorter second stage" in README
+
+
+def test_two_gpus() -> None:
+    two = [json.loads((ROOT / f"results/two_gpus/yolo-lat-n-today-seed{s}.json").read_text())["ap"] for s in range(3)]
+    (_, (one,)) = means("aquarium_416/league.json", "ap")["yolo-lat-n"]
+    assert f"`-n` has {statistics.fmean(two):.3f} AP for {one:.3f} on one" in README
+
+
+def test_longer_training_at_640_px() -> None:
+    found = means("aquarium_416/ablation-n-640-long.json", "ap")
+    (ela,), (mean,) = found["yolo-lat-n"][1], found["yolo-lat-n-uniform"][1]
+    assert f"`-n` has {ela:.3f} with `ela_hadamard` and {mean:.3f} with the mean" in RESULTS
 
 
 def test_quickstart_output() -> None:
