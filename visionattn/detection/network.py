@@ -38,11 +38,12 @@ class DetectionNetwork(nn.Module):
         super().__init__()
         model: Any = copy.deepcopy(detector.model).float().eval()
         head = model.model[-1]
-        if nms != "none" and getattr(head, "one2one_cv2", None) is None:
+        free = nms in ("free", "peaks")
+        if free and getattr(head, "one2one_cv2", None) is None:
             raise UnsupportedError(
                 f"nms={nms}: this detector has no NMS-free head (end2end: true in its yaml); use none"
             )
-        head.end2end = nms != "none"
+        head.end2end = free
         if nms == "peaks":
             model.model[-1] = PeakHead(head)
         self.model = model.fuse(verbose=False).requires_grad_(False)
@@ -51,7 +52,7 @@ class DetectionNetwork(nn.Module):
         if half:
             self.model.half()
             head.dfl.float()
-            last = [*(head.one2one if head.end2end else head.one2many).values()]
+            last = [*(head.one2one if free else head.one2many).values()]
             for branches in [*last, model.model[-1].many] if nms == "peaks" else last:
                 for index, branch in enumerate(branches):
                     branches[index] = nn.Sequential(*branch, _Widen())
