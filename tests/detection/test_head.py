@@ -213,19 +213,6 @@ def test_weights_of_other_classes_are_a_beginning(tmp_path: Path) -> None:
     assert other.model[-1].cv3[0][0].weight.shape == (5, 16, 1, 1)
 
 
-STOCK = """
-nc: {nc}
-reg_max: 1
-end2end: {end2end}
-backbone:
-  - [-1, 1, Conv, [8, 3, 4]]
-  - [-1, 1, Conv, [16, 3, 2]] # 1 stride 8
-  - [-1, 1, Conv, [16, 3, 2]] # 2 stride 16
-head:
-  - [[1, 2], 1, {head}, [nc]]
-"""
-
-
 @pytest.mark.parametrize("classes", [2, 20])
 @pytest.mark.parametrize("head", ["Detect", "LinearDetect"])
 def test_a_second_stage_begins_with_the_branch_that_is_trained(
@@ -233,12 +220,14 @@ def test_a_second_stage_begins_with_the_branch_that_is_trained(
 ) -> None:
     """Everything else frozen, it alone learns; weights of 20 classes have wider layers before the last, too."""
 
-    def network(end2end: str, nc: int) -> YOLOLAT:
-        path = tmp_path / f"{end2end}.yaml"
-        path.write_text(STOCK.format(end2end=end2end, head=head, nc=nc))
+    def network(end2end: bool, nc: int) -> YOLOLAT:
+        path = tmp_path / f"{nc}.yaml"
+        path.write_text(
+            tiny(tmp_path, end2end=end2end).read_text().replace("nc: 2", f"nc: {nc}").replace("LinearDetect", head)
+        )
         return YOLOLAT(path)
 
-    first, second, seen = network("false", classes), network("true", 2), []
+    first, second, seen = network(False, classes), network(True, 2), []
     randomised(first.model)
     first.save(tmp_path / "first.pt")
     second.add_callback("on_train_start", lambda trainer: seen.append(copy.deepcopy(trainer.model.state_dict())))
@@ -248,7 +237,7 @@ def test_a_second_stage_begins_with_the_branch_that_is_trained(
         save_dir=str(tmp_path / "run"),
         val=False,
         pretrained=str(tmp_path / "first.pt"),
-        freeze=[0, 1, 2, "3.cv2", "3.cv3"],
+        freeze=[0, 1, 2, 3, 4, "5.cv2", "5.cv3"],
         **FAST,
     )
     trained = load_detector(tmp_path / "run" / "weights" / "best.pt").model.float().state_dict()

@@ -134,6 +134,11 @@ class LinearDetect(Detect, metaclass=_AsDetect):
             self.one2one_cv2 = copy.deepcopy(self.cv2)
 
 
+def has_nms_free_branch(head: object) -> bool:
+    """Tell whether a head has an NMS-free branch, which is not so if fusing has removed it."""
+    return getattr(head, "one2one_cv2", None) is not None
+
+
 class LATFeatures(nn.Module):
     """A hierarchical timm backbone, as the first row of a yaml: (B, 3, H, W) to the list of its maps.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules import Detect
 
+from visionattn.detection.blocks import has_nms_free_branch
 from visionattn.detection.model import YOLOLAT
 from visionattn.detection.peaks import PeakHead
 from visionattn.errors import UnsupportedError
@@ -39,7 +40,7 @@ class DetectionNetwork(nn.Module):
         model: Any = copy.deepcopy(detector.model).float().eval()
         head = model.model[-1]
         free = nms in ("free", "peaks")
-        if free and getattr(head, "one2one_cv2", None) is None:
+        if free and not has_nms_free_branch(head):
             raise UnsupportedError(
                 f"nms={nms}: this detector has no NMS-free head (end2end: true in its yaml); use none"
             )

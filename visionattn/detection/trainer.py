@@ -16,6 +16,7 @@ from ultralytics.nn.modules import Detect
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import strip_optimizer
 
+from visionattn.detection.blocks import has_nms_free_branch
 from visionattn.detection.device_loader import DeviceLoader
 
 SAVE_EVERY = 20.0
@@ -39,7 +40,7 @@ class LATTrainer(DetectionTrainer):
         """Build the network; an NMS-free branch that ``weights`` lack begins as a copy of their other one."""
         network = super().get_model(cfg, weights, verbose)
         source = getattr(weights, "model", [None])[-1]
-        if isinstance(source, Detect) and getattr(source, "one2one_cv2", None) is None:
+        if isinstance(source, Detect) and has_nms_free_branch(network.model[-1]) and not has_nms_free_branch(source):
             _copy_branch(network.model[-1])
         return network
 
@@ -110,9 +111,7 @@ def strip(checkpoint: Path) -> None:
 
 
 def _copy_branch(head: Any) -> None:
-    """Make the NMS-free branch, if there is one, a copy of the other where their layers are the same."""
-    if getattr(head, "one2one_cv2", None) is None:
-        return
+    """Make the NMS-free branch a copy of the other where their layers are the same."""
     for name in ("cv2", "cv3"):
         many = getattr(head, name)
         if many.state_dict().keys() == getattr(head, f"one2one_{name}").state_dict().keys():
