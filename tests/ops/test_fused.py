@@ -23,8 +23,8 @@ WHOLE = SPLIT._replace(chunks=1, readers=1)
 
 def random_map(warped: bool, width: int) -> FeatureMap:
     draws = torch.randn(2, 40, width, device=DEVICE).bfloat16().float()
-    warp = torch.eye(width, device=DEVICE) + 0.4 * width**-0.5 * torch.randn(2, width, width, device=DEVICE)
-    return softmax_features(draws, warp.requires_grad_() if warped else None)
+    shift = 0.4 * width**-0.5 * torch.randn(2, width, width, device=DEVICE)
+    return softmax_features(draws, shift.requires_grad_() if warped else None)
 
 
 def sphere_map(width: int) -> FeatureMap:
@@ -47,6 +47,8 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.manual_seed(0)
     for name in ("plan_forward", "plan_backward"):
         monkeypatch.setattr(library, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
+    library._prepared_forward.cache_clear()
+    library._prepared_backward.cache_clear()
 
 
 def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0, width: int = D) -> list[Tensor]:
@@ -61,7 +63,7 @@ def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float =
 def everything(x: list[Tensor], features: FeatureMap, eager: bool) -> list[Tensor]:
     """Output and gradients."""
     q, k, v, g = x
-    wanted = [q, k, v] + ([] if features.warp is None else [features.warp])
+    wanted = [q, k, v] + ([] if features.shift is None else [features.shift])
     out = positive.linear(features.logs(q), features.logs(k), v) if eager else library.attend(q, k, v, features)
     return [out.detach(), *torch.autograd.grad(out, wanted, g.detach())]
 
@@ -71,8 +73,8 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def in_double(x: list[Tensor], features: FeatureMap) -> tuple[list[Tensor], FeatureMap]:
-    warp = None if features.warp is None else features.warp.detach().double().requires_grad_()
-    return [y.detach().double().requires_grad_() for y in x], features._replace(warp=warp)
+    shift = None if features.shift is None else features.shift.detach().double().requires_grad_()
+    return [y.detach().double().requires_grad_() for y in x], features._replace(shift=shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -84,7 +86,8 @@ def test_errors_are_those_of_the_formula(
     features, x = made(name, width), inputs(tokens, dtype, value_width, width=width)
     found, usual = everything(x, features, False), everything(x, features, True)
     truth = everything(*in_double(x, features), True)
-    rounding = 3e-7 if dtype == torch.float32 else 1e-4
+    # Logarithms of features of long vectors are large, and kernels round them once forward and once backward.
+    rounding = 3e-8 * width**0.8 if dtype == torch.float32 else 1e-4
     for fused, eager, exact in zip(found, usual, truth, strict=True):
         assert fused.dtype == eager.dtype
         if exact.norm() > 1e-3:  # one token's gradients are zero
@@ -135,7 +138,7 @@ def test_second_derivative(name: str) -> None:
 
 def test_operators_are_registered_soundly() -> None:
     q, k, v, _ = inputs(20, torch.float16)
-    arguments = (q, k, v, "exp", None, None, None, (1.0,), (0.0,), 0.0, True)
+    arguments = (q, k, v, None, "exp", None, None, None, (1.0,), (0.0,), 0.0, True)
     torch.library.opcheck(library._forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -148,7 +151,7 @@ def test_modules_take_their_kernels(name: str, width: int) -> None:
         with switch.kernels("eager"):
             expected = layer(x)
         with switch.kernels("fused"):
-            if name in ("uniform", "cosformer"):
+            if name == "uniform" or (name == "cosformer" and width > 64):
                 with pytest.raises(UnsupportedError, match=r"choose kernels\('auto'\)"):
                     layer(x)
                 return
@@ -189,8 +192,10 @@ def test_forward_mode_takes_the_formula() -> None:
     ("call", "reason"),
     [
         (lambda layer, x: layer(x.double()), "float64"),
-        (lambda layer, x: layer.fuse(*torch.randn(2, 1, 2, 9, 16, device=DEVICE), torch.randn(1, 1, 9, 16)), "values"),
-        (lambda layer, x: layer(x, torch.ones(2, 1, 1, 20, dtype=torch.bool, device=DEVICE)), "masked"),
+        (
+            lambda layer, x: layer.fuse(*torch.randn(2, 1, 2, 9, 16, device=DEVICE), torch.randn(1, 1, 9, 16), None),
+            "values",
+        ),
         (lambda layer, x: torch.export.export(layer, (x,)), "exported"),
     ],
 )

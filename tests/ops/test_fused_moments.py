@@ -35,6 +35,8 @@ def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def use(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plan_moments", "plan_moments_backward"):
         monkeypatch.setattr(moments_library, name, lambda *_: plan)
+    moments_library._prepared_forward.cache_clear()
+    moments_library._prepared_backward.cache_clear()
 
 
 def explicitly(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
@@ -176,4 +178,4 @@ def test_the_operator_is_registered_soundly(kind: str) -> None:
     inputs, _ = drawn(20, 16, 24, torch.float32)
     x = [y.requires_grad_() for y in inputs]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.visionattn.moments.default, (*x, kind, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.visionattn.moments.default, (*x, None, kind, True), test_utils=checks)

@@ -8,7 +8,8 @@ from torch import Tensor
 from visionattn.attention.base import key_mask
 from visionattn.attention.linear import PositiveAttention
 from visionattn.errors import ConfigError, UnsupportedError
-from visionattn.ops import cosformer, fused, relu, scan
+from visionattn.ops import cosformer, relu, scan
+from visionattn.ops.fused import FeatureMap
 
 
 class CosformerAttention(PositiveAttention):
@@ -52,8 +53,14 @@ class CosformerAttention(PositiveAttention):
         positions = self.positions(q.shape[-2], grid, q.device)
         q, k = cosformer.log_features(q, positions), cosformer.log_features(k, positions)
         if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            fused.refuse("there is none for this mechanism over all tokens")
+            mixed = self.fuse(q, k, v, key_mask(attn_mask))
+            if mixed is not None:
+                return mixed
         return self.run(q, k, v, key_mask(attn_mask), is_causal)
+
+    def fused_map(self) -> FeatureMap:
+        """Return the map of what :meth:`attend` hands to kernels, which are logarithms of features already."""
+        return FeatureMap("exp")
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self.axes != 1 or not self.max_tokens:

@@ -19,8 +19,8 @@ class ElaDirectionAttention(SignedAttention):
     def keys(self, k: Tensor) -> Tensor:
         return ela_direction.key_features(k)
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_with_moments(q, k, v, "direction")
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_with_moments(q, k, v, "direction", keep)
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return ela_direction.log_kernel(q, k)

@@ -62,13 +62,13 @@ class LinearAttention(Attention):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            mixed = self.fuse(q, k, v) if attn_mask is None else fused.refuse("tokens are masked")
+            mixed = self.fuse(q, k, v, key_mask(attn_mask))
             if mixed is not None:
                 return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
 
     @torch.jit.unused
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
         """Attend over all tokens by a fused kernel, or return None where the eager formula is to be taken."""
         return fused.refuse("there is none for this mechanism")
 
@@ -113,8 +113,8 @@ class PositiveAttention(LinearAttention):
         """Return the map as fused kernels know it, or None."""
         return None
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_positive(q, k, v, self.fused_map())
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_positive(q, k, v, self.fused_map(), keep)
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return fused.attend_causally(q, k, v)
@@ -136,8 +136,8 @@ class DistanceAttention(LinearAttention):
     kind: str
     """Name of the fused kernel."""
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_with_moments(q, k, v, self.kind)
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_with_moments(q, k, v, self.kind, keep)
 
     def queries(self, q: Tensor) -> Tensor:
         return q

@@ -115,9 +115,9 @@ class SlayAttention(RandomFeatures, LinearAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep) if self.positive else signed.linear(q, k, v, keep)
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
         features = yat_features(self.draws, self.bank, self.scales, self.weights) if self.positive else None
-        return attend_positive(q, k, v, features)
+        return attend_positive(q, k, v, features, keep)
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return attend_causally(q, k, v) if self.positive else super().fuse_causal(q, k, v)

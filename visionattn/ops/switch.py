@@ -1,7 +1,7 @@
 """The one switch between fused kernels and eager formulas."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -11,6 +11,15 @@ Path = Literal["auto", "fused", "eager"]
 PATHS: tuple[Path, ...] = ("auto", "fused", "eager")
 
 _chosen: list[Path] = []
+
+listeners: list[Callable[[bool, str], None]] = []
+"""Who is told of each choice: whether a kernel is taken, and why not."""
+
+
+def tell(fused: bool, reason: str) -> None:
+    """Tell all listeners of a choice."""
+    for listener in listeners:
+        listener(fused, reason)
 
 
 def path() -> Path:

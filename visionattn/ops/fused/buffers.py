@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,31 +14,35 @@ R = TypeVar("R")
 
 
 def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return memory for an output, (B, N, H, D), for x (B, H, N, D).
+    """Return memory for an output or a gradient, (B, H, N, D) as x is, that lies as (B, N, H, D).
 
-    It is not transposed here: an operator that returns a view forbids its users to change it in place.
+    It is no view of a tensor of another shape: an operator that returns a view forbids its users to change it in place.
     """
     B, H, N, D = x.shape
-    return x.new_empty(B, N, H, D, dtype=dtype)
+    return x.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=dtype)
 
 
-def gradient_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return memory for a gradient, (B, H, N, D), that lies as (B, N, H, D)."""
-    return output_like(x, dtype).transpose(1, 2)
-
-
-def gradients_like(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for the gradients of queries, keys and values: in one packed projection, if they are alike.
 
     Args:
         q: (B, H, N, D).
         k: (B, H, N, D).
         v: (B, H, N, E).
-        dtype: of the gradients of queries and keys, if not theirs.
     """
-    if dtype is None and q.shape == v.shape and q.dtype == k.dtype == v.dtype:
+    if q.shape == v.shape and q.dtype == k.dtype == v.dtype:
         return packed_like(q)
-    return gradient_like(q, dtype), gradient_like(k, dtype), gradient_like(v)
+    return output_like(q), output_like(k), output_like(v)
+
+
+def mask_for(keep: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return a key mask, which is broadcastable to (B, H, N, 1), as kernels read it: (B, H, N) of bytes, 0 or 1."""
+    return None if keep is None else keep.expand(*q.shape[:3], 1)[..., 0].view(torch.uint8)
+
+
+def mask_strides(keep: Tensor | None) -> tuple[int, ...]:
+    """Return the strides of a mask that kernels read, zeros for none."""
+    return (0, 0, 0) if keep is None else keep.stride()
 
 
 def padded(size: int) -> int:
@@ -51,18 +55,6 @@ def differentiable_gradients(o: Tensor, inputs: Sequence[Tensor | None], do: Ten
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
-
-
-def on_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the device of the first argument the current one, on whose stream Triton launches."""
-
-    @wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
-        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-            return function(*args, **kwargs)
-
-    return guarded
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -11,8 +11,6 @@ from visionattn.ops.fused import causal as kernels
 from visionattn.ops.fused.buffers import (
     differentiable_gradients,
     full_precision,
-    gradient_like,
-    on_device,
     output_like,
     padded,
 )
@@ -34,7 +32,7 @@ def attend_causal(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
     Returns:
         (B, H, N, E), in memory as (B, N, H, E).
     """
-    return _forward(a, b, v, torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, v)))[0].transpose(1, 2)
+    return _forward(a, b, v, torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, v)))[0]
 
 
 class Plan(NamedTuple):
@@ -70,7 +68,6 @@ def plan(a: Tensor, v: Tensor) -> Plan:
 
 
 @torch.library.custom_op("visionattn::causal", mutates_args=())
-@on_device
 def _forward(a: Tensor, b: Tensor, v: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, _ = v.shape
     sizes = plan(a, v)
@@ -78,7 +75,7 @@ def _forward(a: Tensor, b: Tensor, v: Tensor, save: bool) -> tuple[Tensor, Tenso
     state = _joined(b, v, None, sizes)
     kernels.forward[(B * H * sizes.chunks, sizes.values // sizes.value_tile)](
         *(a, b, v, o, wide, peaks, totals, *state),
-        *(*a.stride(), *b.stride(), *v.stride(), o.stride(0), o.stride(2), o.stride(1), H, N, sizes.chunks),
+        *(*a.stride(), *b.stride(), *v.stride(), *o.stride()[:3], H, N, sizes.chunks),
         WIDTH=a.shape[-1],
         VALUE_WIDTH=v.shape[-1],
         F=sizes.features,
@@ -98,14 +95,13 @@ def _forward_shapes(a: Tensor, b: Tensor, v: Tensor, save: bool) -> Any:
 
 
 @torch.library.custom_op("visionattn::causal_backward", mutates_args=())
-@on_device
 def _backward(
     a: Tensor, b: Tensor, v: Tensor, do: Tensor, o: Tensor, peaks: Tensor, totals: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, N, E = v.shape
     sizes = plan(a, v)
     tiles = sizes.features // sizes.feature_tile
-    da, db, dv = (gradient_like(x) for x in (a, b, v))
+    da, db, dv = (output_like(x) for x in (a, b, v))
     dvs = dv.unsqueeze(0) if tiles == 1 else v.new_empty(tiles, B, N, H, E, dtype=torch.float32).transpose(2, 3)
     marks = a.new_empty(B * H, triton.cdiv(N, kernels.BLOCK.value), sizes.features, dtype=torch.float32)
     queries = peaks, totals, torch.empty_like(peaks), marks
@@ -138,7 +134,7 @@ def _backward(
 
 @_backward.register_fake
 def _backward_shapes(a: Tensor, b: Tensor, v: Tensor, *_: Any) -> Any:
-    return gradient_like(a), gradient_like(b), gradient_like(v)
+    return output_like(a), output_like(b), output_like(v)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,11 +150,10 @@ def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if do is None:
         return None, None, None, None
     a, b, v, *rest = ctx.saved_tensors
-    do = do.transpose(1, 2)
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
         return *_eager_gradients(a, b, v, do), None
     o, peaks, totals = rest
-    return *_backward(a, b, v, do, o.transpose(1, 2), peaks, totals), None
+    return *_backward(a, b, v, do, o, peaks, totals), None
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)

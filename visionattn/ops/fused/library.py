@@ -1,7 +1,13 @@
-"""The kernels as operators of PyTorch, with gradients of any order."""
+"""Attention by positive features: the kernels' launches, and their gradients of any order.
+
+In eager mode an autograd function launches at once. Under ``torch.compile``, and wherever something else than plain
+tensors is at work, the same launches are operators of PyTorch.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,19 +18,21 @@ from visionattn.ops.fused.buffers import (
     differentiable_gradients,
     full_precision,
     gradients_like,
-    on_device,
+    mask_for,
+    mask_strides,
     output_like,
     padded,
 )
+from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
 from visionattn.ops.fused.maps import FeatureMap
-from visionattn.ops.fused.plan import plan_backward, plan_forward
+from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, smaller
 
 KINDS = {
-    "exp": kernels.EXP,
-    "elu": kernels.ELU,
-    "relu": kernels.RELU,
-    "random": kernels.RANDOM,
-    "sphere": kernels.SPHERE,
+    "exp": kernels.EXP.value,
+    "elu": kernels.ELU.value,
+    "relu": kernels.RELU.value,
+    "random": kernels.RANDOM.value,
+    "sphere": kernels.SPHERE.value,
 }
 
 LOG2E = kernels.LOG2E.value
@@ -33,7 +41,7 @@ HELD = 64
 """Width up to which programs with projections hold a warp, and values, at a time."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap, keep: Tensor | None = None) -> Tensor:
     """Attend over all tokens by fused kernels.
 
     Args:
@@ -41,208 +49,328 @@ def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap) -> Tensor:
         k: (B, H, N, D).
         v: (B, H, N, E).
         features: the map of queries and keys.
+        keep: key mask, broadcastable to (B, H, N, 1). A head without any key gets zeros.
 
     Returns:
         (B, H, N, E), in memory as (B, N, H, E).
     """
-    kind, draws, bank, warp, gains, priors, square = features
-    if draws is not None and warp is not None and q.shape[-1] > HELD:
-        features = features._replace(draws=draws.to(q.dtype), warp=None)
-        q, k = (x.float() @ warp.float().transpose(-2, -1) for x in (q, k))
-        return attend(q, k, v, features)
-    if draws is not None and v.shape[-1] > HELD:
-        parts = [attend(q, k, part, features).transpose(1, 2) for part in torch.split(v, HELD, -1)]
+    if features.draws is not None and features.shift is not None and q.shape[-1] > HELD:
+        q, k, features = features.warped(q), features.warped(k), features._replace(shift=None)
+    if features.draws is not None and v.shape[-1] > HELD:
+        parts = [attend(q, k, part, features, keep).transpose(1, 2) for part in torch.split(v, HELD, -1)]
         return torch.cat(parts, -1).transpose(1, 2)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, warp))
-    return _forward(q, k, v, kind, draws, bank, warp, gains, priors, square, save)[0].transpose(1, 2)
+    shift, keep = features.shift, mask_for(keep, q)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, shift))
+    if not plain(q, k, v, shift):
+        return _forward(q, k, v, keep, *features, save)[0]
+    if save:
+        return _Attend.apply(q, k, v, shift, keep, features)
+    return _launch_forward(q, k, v, keep, features, False)[0]
 
 
-@torch.library.custom_op("visionattn::positive", mutates_args=())
-@on_device
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str,
-    draws: Tensor | None,
-    bank: Tensor | None,
-    warp: Tensor | None,
-    gains: Sequence[float],
-    priors: Sequence[float],
-    square: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    features = FeatureMap(kind, draws, bank, warp, tuple(gains), tuple(priors), square)
-    B, H, N, _ = q.shape
-    F, D, E = _padded(features, q, v)
-    plan = plan_forward(N, B * H, F, max(D, E), q.dtype != torch.float32)
-    o, slots, *stats = _outputs(features, q, v)
-    flags, tops, masses = _workspace(q, B * H, 0 if plan.whole else plan.chunks, (F,), (F,))
-    parts = v.new_empty(len(tops), F, E)
-    constants = _constants(features, q)
-    banks = constants[-1]
-    kernels.forward[plan.grid(B * H)](
-        *(q, k, v, o, slots, *stats),
-        *constants,
-        *(parts, tops, masses, flags),
-        *(*q.stride(), *k.stride(), *v.stride(), o.stride(0), o.stride(2), o.stride(1)),
-        *(H, N, B * H * plan.chunks, plan.chunks, plan.readers),
-        FEATURES=features.features(q.shape[-1]),
-        WIDTH=q.shape[-1],
-        VALUE_WIDTH=v.shape[-1],
-        F=F,
-        D=D,
-        E=E,
-        BANKS=padded(banks),
-        BLOCK=plan.block,
-        QUERY_BLOCK=plan.query_block,
-        STAGES=plan.stages,
-        MAP=KINDS[kind],
-        SPLIT=warp is not None,
-        WHOLE=plan.whole,
-        SAVE=save,
-        P="ieee",
-        num_warps=plan.warps,
+class Sizes(NamedTuple):
+    """What a launch needs to know of its inputs, and what it is remembered by.
+
+    Attributes:
+        queries: shape of the queries, (B, H, N, D).
+        width: of the values, E.
+        strides: of all inputs in order.
+        types: theirs, and the device's number.
+        bits: which tensors begin at a multiple of 16 bytes.
+        kind: of the map.
+        draws: shape of its draws, (R, H, M, D), or nothing.
+        banks: number of its anchors.
+        numbers: gains, priors and square.
+        flags: whether there is a warp and a mask, and whether the state is saved.
+    """
+
+    queries: tuple[int, ...]
+    width: int
+    strides: tuple[tuple[int, ...], ...]
+    types: tuple[Any, ...]
+    bits: int
+    kind: str
+    draws: tuple[int, ...]
+    banks: int
+    numbers: tuple[Any, ...]
+    flags: tuple[bool, ...]
+
+
+class Prepared(NamedTuple):
+    """A launch with the sizes of the memory that it needs: those of its plan, and the padded F and E."""
+
+    launch: Launch
+    plan: Plan
+    features: int
+    values: int
+
+
+def _sizes(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, features: FeatureMap, save: bool, *others: Tensor
+) -> Sizes:
+    """Return the sizes of a call; ``others`` are further tensors of any strides."""
+    kind, draws, bank, shift, gains, priors, square = features
+    return Sizes(
+        q.shape,
+        v.shape[-1],
+        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *(x.stride() for x in others)),
+        (q.dtype, v.dtype, q.device.index, *(None if x is None else x.dtype for x in (draws, bank, shift))),
+        aligned(q, k, v, draws, bank, shift, *others),
+        kind,
+        () if draws is None else draws.shape,
+        1 if bank is None else len(bank),
+        (tuple(gains), tuple(priors), square),
+        (shift is not None, keep is not None, save),
     )
-    top, mass, level = stats
-    return o, slots, top, mass, level
-
-
-@_forward.register_fake
-def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, kind: str, draws: Any, bank: Any, *_: Any) -> Any:
-    return _outputs(FeatureMap(kind, draws, bank), q, v)
-
-
-@torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
-@on_device
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    slots: Tensor,
-    top: Tensor,
-    mass: Tensor,
-    level: Tensor,
-    kind: str,
-    draws: Tensor | None,
-    bank: Tensor | None,
-    warp: Tensor | None,
-    gains: Sequence[float],
-    square: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    features = FeatureMap(kind, draws, bank, warp, tuple(gains), square=square)
-    B, H, N, _ = q.shape
-    F, D, E = _padded(features, q, v)
-    plan = plan_backward(N, B * H, F, max(D, E), q.dtype != torch.float32)
-    flags, parts, pulls = _workspace(q, B * H, 0 if plan.whole else plan.chunks, (E, F), (F,))
-    dslots, pull, scale = torch.empty_like(slots), torch.empty_like(top), torch.empty_like(top[:, 0])
-    _, low, bank_in, warp_in, warp_low, packed_gains, _, square_2, each, banks = constants = _constants(features, q)
-    back = None if draws is None or warp is None else draws.to(q.dtype)
-    kernels.backward[plan.grid(B * H)](
-        *(q, k, v, do, dq, dk, dv, slots, top, mass, level),
-        *(constants[0], low, back, bank_in, warp_in, warp_low, packed_gains, square_2, each, banks),
-        *(parts, pulls, dslots, pull, scale, flags),
-        *(*q.stride(), *k.stride(), *v.stride(), *do.stride(), *dq.stride()[:3], *dv.stride()[:3]),
-        *(H, N, B * H * plan.chunks, plan.chunks, plan.readers),
-        FEATURES=features.features(q.shape[-1]),
-        WIDTH=q.shape[-1],
-        VALUE_WIDTH=v.shape[-1],
-        F=F,
-        D=D,
-        E=E,
-        BANKS=padded(banks),
-        BLOCK=plan.block,
-        STAGES=plan.stages,
-        MAP=KINDS[kind],
-        SPLIT=warp is not None,
-        WHOLE=plan.whole,
-        P="ieee",
-        num_warps=plan.warps,
-    )
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, ctx.kind, draws, bank, warp, ctx.gains, ctx.priors, ctx.square, _ = inputs
-    ctx.save_for_backward(q, k, v, draws, bank, warp, *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@full_precision
-def _gradients(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q, k, v, draws, bank, warp, *state = ctx.saved_tensors
-    features = FeatureMap(ctx.kind, draws, bank, warp, tuple(ctx.gains), tuple(ctx.priors), ctx.square)
-    if do is None:
-        return (None,) * 11
-    do = do.transpose(1, 2)
-    if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
-        dq, dk, dv, dwarp = _eager_gradients(q, k, v, warp, do, features)
-    else:
-        dq, dk, dv = gradients_like(q, k, v, None if warp is None else torch.float32)
-        _backward(q, k, v, do, *state, ctx.kind, draws, bank, warp, ctx.gains, ctx.square, dq, dk, dv)
-        dwarp = None
-        if warp is not None:
-            wide = warp.float()
-            dwarp = (dq.transpose(-2, -1) @ q.float() + dk.transpose(-2, -1) @ k.float()).sum(0).to(warp.dtype)
-            dq, dk = (dq @ wide).to(q.dtype), (dk @ wide).to(k.dtype)
-    return dq, dk, dv, None, None, None, dwarp, None, None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_remember)
-
-
-def _eager_gradients(
-    q: Tensor, k: Tensor, v: Tensor, warp: Tensor | None, do: Tensor, features: FeatureMap
-) -> list[Tensor | None]:
-    """Differentiate the eager formula, differentiably."""
-    q, k, v = (x.view_as(x) for x in (q, k, v))  # one may depend on another
-    features = features._replace(warp=warp)
-    inputs = [q, k, v, warp]
-    return differentiable_gradients(positive.linear(features.logs(q), features.logs(k), v), inputs, do)
 
 
 def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
     """Return F, D and E as kernels have them: powers of two from 16 on."""
-    sizes = features.features(q.shape[-1]), q.shape[-1], v.shape[-1]
-    F, D, E = map(padded, sizes)
-    return F, D, E
+    return padded(features.features(q.shape[-1])), padded(q.shape[-1]), padded(v.shape[-1])
 
 
-def _outputs(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    F, _, E = _padded(features, q, v)
+def _constants(sizes: Sizes) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+    """Return the padded F, D and E, and the constants of compilation that both kernels begin with."""
+    D, each = sizes.queries[-1], sizes.draws[2] if sizes.draws else 1
+    count = sizes.draws[0] * each * sizes.banks if sizes.draws else D
+    F, wide, E = padded(count), padded(D), padded(sizes.width)
+    return (F, wide, E), (count, D, sizes.width, F, wide, E, padded(sizes.banks))
+
+
+@lru_cache(maxsize=1024)
+def _prepared_forward(sizes: Sizes) -> Prepared:
+    (F, D, E), constants = _constants(sizes)
+    B, H, N, _ = sizes.queries
+    best = plan_forward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
+    (gains, priors, square), (warped, masked, save) = sizes.numbers, sizes.flags
+    strides = (*chain(*sizes.strides), N * H * sizes.width, sizes.width, H * sizes.width)
+    options = []
+    for plan in smaller(best):
+        arguments = (
+            *(_scaled(gains), _scaled(priors), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
+            *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
+            *(*constants, plan.block, plan.query_block, plan.stages, KINDS[sizes.kind]),
+            *(warped, masked, plan.whole, save, "ieee"),
+        )
+        options.append(Option(plan.grid(B * H), arguments, plan.warps))
+    return Prepared(Launch(kernels.forward, options), best, F, E)
+
+
+@lru_cache(maxsize=1024)
+def _prepared_backward(sizes: Sizes) -> Prepared:
+    (F, D, E), constants = _constants(sizes)
+    B, H, N, _ = sizes.queries
+    best = plan_backward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
+    (gains, _, square), (warped, masked, _) = sizes.numbers, sizes.flags
+    *inputs, upstream, dq, dv = sizes.strides
+    strides = (*chain(*inputs), *upstream, *dq[:3], *dv[:3])
+    options = []
+    for plan in smaller(best):
+        arguments = (
+            *(_scaled(gains), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
+            *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
+            *(*constants, plan.block, plan.stages, KINDS[sizes.kind], warped, masked, plan.whole, "ieee"),
+        )
+        options.append(Option(plan.grid(B * H), arguments, plan.warps))
+    return Prepared(Launch(kernels.backward, options), best, F, E)
+
+
+def _scaled(values: Sequence[float]) -> tuple[float, ...]:
+    """Return natural logarithms as logarithms to base 2."""
+    return tuple(LOG2E * x for x in values)
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, features: FeatureMap, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the output and, if they are saved, the slots (B H, F, E) and the statistics (3, B H, F) of all heads."""
+    launch, plan, F, E = _prepared_forward(_sizes(q, k, v, keep, features, save))
     heads = q.shape[0] * q.shape[1]
-    top, mass, level = (q.new_empty(heads, F, dtype=torch.float32) for _ in range(3))
-    return output_like(v), v.new_empty(heads, F, E), top, mass, level
+    with on(q):
+        o, slots, stats, parts, tips = output_like(v), None, None, None, None
+        if save or not plan.whole:
+            slots, stats = _state(q, v, heads, F, E, save)
+        if not plan.whole:
+            parts = v.new_empty(heads * plan.chunks, F, E)
+            tips = q.new_empty(2, heads * plan.chunks, F, dtype=torch.float32)
+        flags = lowered(q, 0 if plan.whole else heads)
+        _, draws, bank, shift, *_ = features
+        launch(q, k, v, keep, draws, bank, shift, o, slots, stats, parts, tips, flags)
+    return o, slots, stats
 
 
-def _workspace(x: Tensor, heads: int, chunks: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Return the heads' flags, lowered, and memory for parts of the given shapes of every chunk."""
-    parts = [x.new_empty(heads * chunks, *shape, dtype=torch.float32) for shape in shapes]
-    return [x.new_zeros(heads if chunks else 0, dtype=torch.int32), *parts]
+def _state(q: Tensor, v: Tensor, heads: int, F: int, E: int, save: bool) -> tuple[Tensor, Tensor]:
+    """Return memory for slots, in float32 if gradients are taken from them, and for statistics."""
+    slots = v.new_empty(heads, F, E, dtype=torch.float32 if save else v.dtype)
+    return slots, q.new_empty(3, heads, F, dtype=torch.float32)
 
 
-def _constants(features: FeatureMap, q: Tensor) -> tuple[Any, ...]:
-    """Return what kernels take of a map: tensors in the type of the queries, and logarithms to base 2."""
-    draws, low, warp, warp_low = features.draws, None, features.warp, None
-    each = banks = 1
-    if draws is not None:
-        each = draws.shape[-2]
-        if warp is not None:
-            warped = draws[0].float() @ warp.float()
-            draws, low = _split(warped.unsqueeze(0), q.dtype)
-            warp, warp_low = _split(warp.float(), q.dtype)
-        draws = (draws if q.dtype == torch.float32 else draws.to(q.dtype)).contiguous()
-    bank = features.bank
-    if bank is not None:
-        banks, bank = len(bank), bank.to(q.dtype).contiguous()
-    gains, priors = (tuple(LOG2E * x for x in values) for values in (features.gains, features.priors))
-    return draws, low, bank, warp, warp_low, gains, priors, LOG2E * features.square, each, banks
+def _launch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    features: FeatureMap,
+    do: Tensor,
+    slots: Tensor,
+    stats: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor | None:
+    """Write the gradients of queries, keys and values; return that of the shift, (H, D, D), if there is one."""
+    sizes = _sizes(q, k, v, keep, features, True, do, dq, dv)
+    launch, plan, F, E = _prepared_backward(sizes)
+    B, H, _, D = q.shape
+    with on(q):
+        parts, lifts, dslots, dwarp = None, None, None, None
+        if not plan.whole:
+            parts = q.new_empty(B * H * plan.chunks, E, F, dtype=torch.float32)
+            lifts = q.new_empty(B * H * ((plan.chunks + 1) * F + 1), dtype=torch.float32)
+            dslots = v.new_empty(B * H, F, E)
+        if features.shift is not None:
+            dwarp = q.new_empty(*plan.grid(B * H), D, D, dtype=torch.float32)
+        flags = lowered(q, 0 if plan.whole else B * H)
+        _, draws, bank, shift, *_ = features
+        launch(q, k, v, keep, draws, bank, shift, do, dq, dk, dv, dwarp, slots, stats, parts, lifts, dslots, flags)
+        return None if dwarp is None else _summed(dwarp, B, H, plan)
 
 
-def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return two tensors of a type whose sum is x, nearly."""
-    high = x.to(dtype)
-    return high, (x - high.float()).to(dtype).contiguous()
+def _summed(dwarp: Tensor, B: int, H: int, plan: Plan) -> Tensor:
+    """Add the gradients of the warp that all programs left, in a fixed order."""
+    D = dwarp.shape[-1]
+    fillers = B * H * plan.chunks
+    total = dwarp[:fillers].view(-1, H, D, D).sum(0)
+    return total if plan.whole else total + dwarp[fillers:].view(-1, H, D, D).sum(0)
+
+
+class _Attend(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shift: Tensor | None, keep: Tensor | None, features: FeatureMap
+    ) -> Tensor:
+        o, slots, stats = _launch_forward(q, k, v, keep, features, True)
+        ctx.save_for_backward(q, k, v, shift, keep, features.draws, features.bank, slots, stats)
+        ctx.features = features._replace(draws=None, bank=None, shift=None)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        q, k, v, shift, keep, draws, bank, slots, stats = ctx.saved_tensors
+        features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
+        return *_gradients(q, k, v, keep, features, do, slots, stats), None, None
+
+
+@full_precision
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    features: FeatureMap,
+    do: Tensor,
+    slots: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of queries, keys, values and shift."""
+    if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
+        return tuple(_eager_gradients(q, k, v, keep, do, features))
+    dq, dk, dv = gradients_like(q, k, v)
+    if plain(q, k, v, do):
+        dshift = _launch_backward(q, k, v, keep, features, do, slots, stats, dq, dk, dv)
+    else:
+        dshift = _backward(q, k, v, keep, do, slots, stats, *features, dq, dk, dv)
+    return dq, dk, dv, None if features.shift is None or dshift is None else dshift.to(features.shift.dtype)
+
+
+def _eager_gradients(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, do: Tensor, features: FeatureMap
+) -> list[Tensor | None]:
+    """Differentiate the eager formula, differentiably."""
+    q, k, v = (x.view_as(x) for x in (q, k, v))  # one may depend on another
+    inputs = [q, k, v, features.shift]
+    mask = None if keep is None else keep.unsqueeze(-1).bool()
+    return differentiable_gradients(positive.linear(features.logs(q), features.logs(k), v, mask), inputs, do)
+
+
+@torch.library.custom_op("visionattn::positive", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    kind: str,
+    draws: Tensor | None,
+    bank: Tensor | None,
+    shift: Tensor | None,
+    gains: Sequence[float],
+    priors: Sequence[float],
+    square: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    features = FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
+    o, slots, stats = _launch_forward(q, k, v, keep, features, save)
+    if save and slots is not None and stats is not None:
+        return o, slots, stats
+    return o, v.new_empty(0), q.new_empty(0)
+
+
+@_forward.register_fake
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, keep: Any, kind: str, draws: Any, bank: Any, shift: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not rest[-1]:
+        return output_like(v), v.new_empty(0), q.new_empty(0)
+    F, _, E = _padded(FeatureMap(kind, draws, bank), q, v)
+    return output_like(v), *_state(q, v, q.shape[0] * q.shape[1], F, E, True)
+
+
+@torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    do: Tensor,
+    slots: Tensor,
+    stats: Tensor,
+    kind: str,
+    draws: Tensor | None,
+    bank: Tensor | None,
+    shift: Tensor | None,
+    gains: Sequence[float],
+    priors: Sequence[float],
+    square: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    features = FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
+    dshift = _launch_backward(q, k, v, keep, features, do, slots, stats, dq, dk, dv)
+    return stats.new_empty(0) if dshift is None else dshift
+
+
+@_backward.register_fake
+def _backward_shapes(*inputs: Any) -> Tensor:
+    stats, shift = inputs[6], inputs[10]
+    return stats.new_empty(0 if shift is None else shift.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
+    ctx.save_for_backward(q, k, v, keep, draws, bank, shift, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if do is None:
+        return (None,) * 12
+    q, k, v, keep, draws, bank, shift, *state = ctx.saved_tensors
+    features = FeatureMap(ctx.kind, draws, bank, shift, tuple(ctx.gains), tuple(ctx.priors), ctx.square)
+    dq, dk, dv, dshift = _gradients(q, k, v, keep, features, do, *state)
+    return dq, dk, dv, None, None, None, None, dshift, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)

@@ -18,7 +18,7 @@ class FeatureMap(NamedTuple):
             draws w. ``sphere``: ``c (a.u)^2 exp(g w.u)`` of draws w and anchors a, for unit vectors u.
         draws: w, (R, H, M, D), for each of R nodes.
         bank: a, (P, D); F = R P M.
-        warp: a matrix a head that x goes through first, (H, D, D); of ``random`` only.
+        shift: M - I of a matrix M a head that x is multiplied by first, (H, D, D); of ``random`` only.
         gains: g of each node.
         priors: ``log c`` of each node.
         square: s.
@@ -27,7 +27,7 @@ class FeatureMap(NamedTuple):
     kind: str
     draws: Tensor | None = None
     bank: Tensor | None = None
-    warp: Tensor | None = None
+    shift: Tensor | None = None
     gains: tuple[float, ...] = (1.0,)
     priors: tuple[float, ...] = (0.0,)
     square: float = 0.0
@@ -39,6 +39,11 @@ class FeatureMap(NamedTuple):
         nodes, _, each, _ = self.draws.shape
         return nodes * each * (1 if self.bank is None else len(self.bank))
 
+    def warped(self, x: Tensor) -> Tensor:
+        """Return ``M x``, (B, H, N, D), in float32 at least."""
+        x = widen(x)
+        return x if self.shift is None else x + x @ self.shift.to(x.dtype).transpose(-2, -1)
+
     def logs(self, x: Tensor) -> Tensor:
         """Return the natural logarithms of the features, (B, H, N, D) to (B, H, N, F), in float32 at least."""
         if self.kind == "exp":
@@ -49,8 +54,7 @@ class FeatureMap(NamedTuple):
             return relu.log_features(x)
         assert self.draws is not None
         if self.kind == "random":
-            x = widen(x)
-            x = x if self.warp is None else x @ self.warp.to(x.dtype).transpose(-2, -1)
+            x = self.warped(x)
             projected = x @ self.draws[0].to(x.dtype).transpose(-2, -1)
             return self.gains[0] * projected - self.square * x.square().sum(-1, keepdim=True)
         assert self.bank is not None
@@ -62,10 +66,10 @@ class FeatureMap(NamedTuple):
         return slay.log_product(slay.anchor_log_features(u, self.bank), torch.stack(logs, -2))
 
 
-def softmax_features(draws: Tensor, warp: Tensor | None = None) -> FeatureMap:
-    """Return Performer's map for draws (H, F, D), or DARKFormer's with a warp (H, D, D)."""
+def softmax_features(draws: Tensor, shift: Tensor | None = None) -> FeatureMap:
+    """Return Performer's map for draws (H, F, D), or DARKFormer's with the shift M - I of its matrix, (H, D, D)."""
     scale = draws.shape[-1] ** -0.25
-    return FeatureMap("random", draws.unsqueeze(0), warp=warp, gains=(scale,), square=scale * scale / 2)
+    return FeatureMap("random", draws.unsqueeze(0), shift=shift, gains=(scale,), square=scale * scale / 2)
 
 
 def yat_features(draws: Tensor, bank: Tensor, scales: list[float], weights: list[float]) -> FeatureMap:

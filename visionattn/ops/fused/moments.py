@@ -24,7 +24,7 @@ The launches are those of :mod:`visionattn.ops.fused.positive`.
 import triton
 import triton.language as tl
 
-from visionattn.ops.fused.tiles import arrive, load_rows, share, store_rows, wait_for
+from visionattn.ops.fused.tiles import arrive, load_mask, load_rows, share, store_rows, wait_for
 
 SUM: tl.constexpr = tl.constexpr(0)
 DIFF: tl.constexpr = tl.constexpr(1)
@@ -81,10 +81,28 @@ def _sample(base, tokens, stride_n, stride_d, WIDTH: tl.constexpr, SAMPLE: tl.co
 
 
 @triton.jit
-def _mean(rows, weight):
-    """Return the weighted mean of a sample; of rows that are equal, exactly."""
-    first = tl.sum(tl.where((tl.arange(0, rows.shape[0]) == 0)[:, None], rows, 0.0), 0)
-    return first + tl.sum(weight[:, None] * (rows - first[None, :]), 0) / tl.sum(weight, 0)
+def _mean(rows, weight, MASKED: tl.constexpr):
+    """Return the weighted mean of a sample; of rows that are equal, exactly. Without any weight it is zero."""
+    at, total = tl.arange(0, rows.shape[0]), tl.sum(weight, 0)
+    one = 0
+    if MASKED:
+        one = tl.argmax(weight, 0)
+        rows = tl.where((weight > 0)[:, None], rows, 0.0)
+        total = tl.where(total > 0, total, 1.0)
+    first = tl.sum(tl.where((at == one)[:, None], rows, 0.0), 0)
+    return first + tl.sum(weight[:, None] * (rows - first[None, :]), 0) / total
+
+
+@triton.jit
+def _counted(keep, tokens, stride_n, MASKED: tl.constexpr):
+    """Return how many tokens are kept, 1 at least, in float32."""
+    count = tokens.to(tl.float32)
+    if MASKED:
+        count = 0.0
+        for at in range(0, tokens, 1024):
+            count += tl.sum(load_mask(keep, at, tokens, stride_n, 1024).to(tl.float32), 0)
+        count = tl.maximum(count, 1.0)
+    return count
 
 
 @triton.jit
@@ -105,28 +123,38 @@ def _place(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def _origins(k, v, tokens, skn, skd, svn, svd, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr,
-             E: tl.constexpr, SAMPLE: tl.constexpr, MAP: tl.constexpr):  # fmt: skip
+def _origins(k, v, keep, tokens, skn, skd, svn, svd, smn, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+             D: tl.constexpr, E: tl.constexpr, SAMPLE: tl.constexpr, MAP: tl.constexpr,
+             MASKED: tl.constexpr):  # fmt: skip
     """Return origins for the keys' places and for the values: weighted means of a sample."""
     x = _sample(k, tokens, skn, skd, WIDTH, SAMPLE, D)
     weight = tl.sum(x * x, 1) + 1 if MAP == DIRECTION else tl.full([SAMPLE], 1.0, tl.float32)
-    weight = tl.where(tl.arange(0, SAMPLE) < tokens, weight, 0.0)
-    return _mean(_place(x, MAP), weight), _mean(_sample(v, tokens, svn, svd, VALUE_WIDTH, SAMPLE, E), weight)
+    n = tl.arange(0, SAMPLE)
+    weight = tl.where(n < tokens, weight, 0.0)
+    if MASKED:
+        places = (n * tl.maximum(tokens, SAMPLE) // SAMPLE).to(tl.int64) * smn
+        weight = tl.where(tl.load(keep + places, mask=n < tokens, other=0) != 0, weight, 0.0)
+    values = _sample(v, tokens, svn, svd, VALUE_WIDTH, SAMPLE, E)
+    return _mean(_place(x, MAP), weight, MASKED), _mean(values, weight, MASKED)
 
 
 @triton.jit
 def _gather_block(
-    k, v, at, stop, skn, skd, svn, svd, near, origin, matrix, row, value, pull, single,
+    k, v, keep, at, stop, skn, skd, svn, svd, smn, near, origin, matrix, row, value, pull, single,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add a block of keys and values to the sums."""
     x = load_rows(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE).to(tl.float32)
     z = load_rows(v, at, stop, svn, svd, VALUE_WIDTH, BLOCK, E, EDGE).to(tl.float32) - origin[None, :]
+    if MASKED:
+        inside = load_mask(keep, at, stop, smn, BLOCK)
+        x = tl.where(inside[:, None], x, 0.0)
     n = _place(x, MAP) - near[None, :]
     weight = tl.sum(x * x, 1) + 1 if MAP == DIRECTION else tl.sum(n * n, 1)
-    if EDGE:
+    if EDGE and not MASKED:
         inside = at + tl.arange(0, BLOCK) < stop
+    if EDGE or MASKED:
         n = tl.where(inside[:, None], n, 0.0)
         z = tl.where(inside[:, None], z, 0.0)
         weight = tl.where(inside, weight, 0.0)
@@ -142,9 +170,9 @@ def _gather_block(
 
 @triton.jit
 def _gather(
-    k, v, start, stop, skn, skd, svn, svd, near, origin,
+    k, v, keep, start, stop, skn, skd, svn, svd, smn, near, origin,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Sum over some tokens, about the origins.
 
@@ -159,19 +187,22 @@ def _gather(
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
         matrix, row, value, pull, single = _gather_block(
-            k, v, at, stop, skn, skd, svn, svd, near, origin, matrix, row, value, pull, single,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, False)  # fmt: skip
+            k, v, keep, at, stop, skn, skd, svn, svd, smn, near, origin, matrix, row, value, pull, single,
+            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, False)  # fmt: skip
     if edge < stop:
         matrix, row, value, pull, single = _gather_block(
-            k, v, edge, stop, skn, skd, svn, svd, near, origin, matrix, row, value, pull, single,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, True)  # fmt: skip
+            k, v, keep, edge, stop, skn, skd, svn, svd, smn, near, origin, matrix, row, value, pull, single,
+            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, True)  # fmt: skip
     return matrix, row, value, pull, single
 
 
 @triton.jit
-def _finished(matrix, row, value, pull, single, near, origin, tokens, MAP: tl.constexpr):
+def _finished(matrix, row, value, pull, single, near, origin, count, MAP: tl.constexpr):
     """Return the state of a head from its sums about the origins."""
-    mass = single if MAP == DIRECTION else tokens.to(tl.float32)
+    mass = count
+    if MAP == DIRECTION:  # no weight is below 1
+        single = tl.maximum(single, 1.0)
+        mass = single
     row, value = row / mass, value / mass
     matrix = matrix / mass - row[:, None] * value[None, :]
     if MAP != DIRECTION:
@@ -227,12 +258,12 @@ def _answer(
 
 @triton.jit(do_not_specialize=["tokens", "fillers", "chunks", "readers"])
 def forward(
-    q, k, v, o, state, parts, flags,
-    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son,
+    q, k, v, keep, o, state, parts, flags,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn, sob, soh, son,
     heads, tokens, fillers, chunks, readers,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, SAMPLE: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr,
-    WHOLE: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Attend. Grid: (heads,) if WHOLE, else (heads x (chunks + readers),): the keys of all heads, then the queries."""
     item = tl.program_id(0)
@@ -245,31 +276,37 @@ def forward(
     k += b * skb + h * skh
     v += b * svb + h * svh
     o += b * sob + h * soh
+    if MASKED:
+        keep += b * smb + h * smh
 
     if WHOLE:
-        near, origin = _origins(k, v, tokens, skn, skd, svn, svd, WIDTH, VALUE_WIDTH, D, E, SAMPLE, MAP)
+        total = _counted(keep, tokens, smn, MASKED)
+        near, origin = _origins(k, v, keep, tokens, skn, skd, svn, svd, smn, WIDTH, VALUE_WIDTH, D, E, SAMPLE, MAP,
+                                MASKED)  # fmt: skip
         matrix, row, value, pull, single = _gather(
-            k, v, start, stop, skn, skd, svn, svd, near, origin, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P
-        )
-        matrix, row, value, pull, single = _finished(matrix, row, value, pull, single, near, origin, tokens, MAP)
+            k, v, keep, start, stop, skn, skd, svn, svd, smn, near, origin,
+            WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
+        matrix, row, value, pull, single = _finished(matrix, row, value, pull, single, near, origin, total, MAP)
         if SAVE:
             _write(state, head, matrix, row, value, pull, single, D, E)
         _answer(q, o, start, stop, sqn, sqd, son, matrix, row, value, pull, single,
                 WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, P)  # fmt: skip
     elif answers:
-        wait_for(flags + head, chunks + 1)
+        wait_for(flags, head, fillers // chunks, chunks, readers)
         matrix, row, value, pull, single = _read(state, head, D, E)
         _answer(q, o, start, stop, sqn, sqd, son, matrix, row, value, pull, single,
                 WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, P)  # fmt: skip
     else:
-        near, origin = _origins(k, v, tokens, skn, skd, svn, svd, WIDTH, VALUE_WIDTH, D, E, SAMPLE, MAP)
+        total = _counted(keep, tokens, smn, MASKED)
+        near, origin = _origins(k, v, keep, tokens, skn, skd, svn, svd, smn, WIDTH, VALUE_WIDTH, D, E, SAMPLE, MAP,
+                                MASKED)  # fmt: skip
         matrix, row, value, pull, single = _gather(
-            k, v, start, stop, skn, skd, svn, svd, near, origin, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P
-        )
+            k, v, keep, start, stop, skn, skd, svn, svd, smn, near, origin,
+            WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
         _write(parts, item, matrix, row, value, pull, single, D, E)
         if arrive(flags + head) == chunks - 1:
             matrix, row, value, pull, single = _joined(parts, head, chunks, D, E)
-            matrix, row, value, pull, single = _finished(matrix, row, value, pull, single, near, origin, tokens, MAP)
+            matrix, row, value, pull, single = _finished(matrix, row, value, pull, single, near, origin, total, MAP)
             _write(state, head, matrix, row, value, pull, single, D, E)
             arrive(flags + head)
 
@@ -333,7 +370,7 @@ def _query_gradients(
 
 
 @triton.jit
-def _turned(dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP: tl.constexpr):
+def _turned(dmatrix, drow, dvalue, dpull, dsingle, matrix, single, count, MAP: tl.constexpr):
     """Return what keys need of the gradients of the state.
 
     The moments are about means: moving a key moves those of all. What that adds, the same for all keys, is in here.
@@ -342,7 +379,7 @@ def _turned(dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP: 
         mass = single
         dsingle = tl.sum(tl.sum(dmatrix * matrix, 1), 0)
     else:
-        mass = tokens.to(tl.float32)
+        mass = count
         dmatrix *= 2
         drow -= 2 * tl.sum(matrix * dpull[None, :], 1)
         dvalue -= single * dpull
@@ -351,13 +388,16 @@ def _turned(dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP: 
 
 @triton.jit
 def _key_gradient_block(
-    k, v, dk, dv, at, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
+    k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a block of keys and values."""
     x = load_rows(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE).to(tl.float32)
     z = load_rows(v, at, stop, svn, svd, VALUE_WIDTH, BLOCK, E, EDGE).to(tl.float32) - value[None, :]
+    if MASKED:
+        kept = load_mask(keep, at, stop, smn, BLOCK)[:, None]
+        x, z = tl.where(kept, x, 0.0), tl.where(kept, z, 0.0)
     n = _place(x, MAP) - row[None, :]
     dn = tl.dot(z, tl.trans(dmatrix), input_precision=P) + drow[None, :]
     dz = tl.dot(n, dmatrix, input_precision=P) + dvalue[None, :]
@@ -372,35 +412,39 @@ def _key_gradient_block(
         dz += tl.sum(n * n, 1)[:, None] * dpull[None, :]
         if MAP == DIFF:
             dx = -dx
+    if MASKED:
+        dx, dz = tl.where(kept, dx, 0.0), tl.where(kept, dz, 0.0)
     store_rows(dk, dx, at, stop, sdn, WIDTH, BLOCK, D, EDGE)
     store_rows(dv, dz, at, stop, sen, VALUE_WIDTH, BLOCK, E, EDGE)
 
 
 @triton.jit
 def _key_gradients(
-    k, v, dk, dv, start, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, P: tl.constexpr,
+    k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue, dpull,
+    dsingle, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of some keys and values."""
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
         _key_gradient_block(
-            k, v, dk, dv, at, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, False)  # fmt: skip
+            k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue, dpull,
+            dsingle, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, False)  # fmt: skip
     if edge < stop:
         _key_gradient_block(
-            k, v, dk, dv, edge, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, True)  # fmt: skip
+            k, v, keep, dk, dv, edge, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue, dpull,
+            dsingle, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, True)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "fillers", "chunks", "readers"])
 def backward(
-    q, k, v, do, dq, dk, dv, state, dstate, parts, flags,
-    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd, sdb, sdh, sdn, seb, seh, sen,
+    q, k, v, keep, do, dq, dk, dv, state, dstate, parts, flags,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
+    sgb, sgh, sgn, sgd, sdb, sdh, sdn, seb, seh, sen,
     heads, tokens, fillers, chunks, readers,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, WHOLE: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Take gradients. The grid is that of :func:`forward`, with the roles of queries and keys exchanged."""
     item = tl.program_id(0)
@@ -416,24 +460,27 @@ def backward(
     dq += b * sdb + h * sdh
     dk += b * sdb + h * sdh
     dv += b * seb + h * seh
+    if MASKED:
+        keep += b * smb + h * smh
 
     matrix, row, value, pull, single = _read(state, head, D, E)
+    total = _counted(keep, tokens, smn, MASKED)
     if WHOLE:
         dmatrix, drow, dvalue, dpull, dsingle = _query_gradients(
             q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, matrix, row, pull, single,
             WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P)  # fmt: skip
         dmatrix, drow, dvalue, dpull, dsingle = _turned(
-            dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP
+            dmatrix, drow, dvalue, dpull, dsingle, matrix, single, total, MAP
         )
         _key_gradients(
-            k, v, dk, dv, start, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P)  # fmt: skip
+            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue,
+            dpull, dsingle, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
     elif answers:
-        wait_for(flags + head, chunks + 1)
+        wait_for(flags, head, fillers // chunks, chunks, readers)
         dmatrix, drow, dvalue, dpull, dsingle = _read(dstate, head, D, E)
         _key_gradients(
-            k, v, dk, dv, start, stop, skn, skd, svn, svd, sdn, sen, row, value, dmatrix, drow, dvalue, dpull, dsingle,
-            WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, P)  # fmt: skip
+            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, row, value, dmatrix, drow, dvalue,
+            dpull, dsingle, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
     else:
         dmatrix, drow, dvalue, dpull, dsingle = _query_gradients(
             q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, matrix, row, pull, single,
@@ -442,7 +489,7 @@ def backward(
         if arrive(flags + head) == chunks - 1:
             dmatrix, drow, dvalue, dpull, dsingle = _joined(parts, head, chunks, D, E)
             dmatrix, drow, dvalue, dpull, dsingle = _turned(
-                dmatrix, drow, dvalue, dpull, dsingle, matrix, single, tokens, MAP
+                dmatrix, drow, dvalue, dpull, dsingle, matrix, single, total, MAP
             )
             _write(dstate, head, dmatrix, drow, dvalue, dpull, dsingle, D, E)
             arrive(flags + head)

@@ -38,6 +38,18 @@ class Plan(NamedTuple):
         return (heads if self.whole else heads * (self.chunks + self.readers),)
 
 
+def smaller(plan: Plan) -> list[Plan]:
+    """Return a plan and what to try where a GPU has too little shared memory for it: fewer stages, then blocks."""
+    plans = [plan]
+    while plan.stages > 1 or max(plan.block, plan.query_block) > 16:
+        if plan.stages > 1:
+            plan = plan._replace(stages=plan.stages - 1)
+        else:
+            plan = plan._replace(block=max(16, plan.block // 2), query_block=max(16, plan.query_block // 2))
+        plans.append(plan)
+    return plans
+
+
 def plan_forward(tokens: int, heads: int, features: int, width: int, half: bool) -> Plan:
     """Choose for N tokens, B H heads, padded numbers of features and widths, and half or full precision."""
     chunks = _chunks(tokens, heads, 2048)

@@ -43,6 +43,13 @@ def load_columns(base, at, stop, stride_n, stride_d, WIDTH: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def load_mask(base, at, stop, stride_n, BLOCK: tl.constexpr):
+    """Return which of BLOCK tokens are kept, (BLOCK,); those that do not exist are not."""
+    n = at + tl.arange(0, BLOCK)
+    return tl.load(base + n.to(tl.int64) * stride_n, mask=n < stop, other=0) != 0
+
+
+@triton.jit
 def store_rows(base, value, at, stop, stride_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
            EDGE: tl.constexpr):  # fmt: skip
     """Store (BLOCK, D) as rows of (tokens, WIDTH)."""
@@ -102,8 +109,14 @@ def arrive(flag):
 
 
 @triton.jit
-def wait_for(flag, count):
-    """Wait until ``count`` programs are in."""
-    while tl.atomic_add(flag, 0, sem="acquire") < count:
+def wait_for(flags, head, heads, chunks, readers):
+    """Wait until a head's chunks are joined; the last of its readers lowers the head's two flags for the next launch.
+
+    The first flag counts the chunks, and then their joining; the second counts the readers that saw it.
+    """
+    while tl.atomic_add(flags + head, 0, sem="acquire") <= chunks:
         pass
     tl.debug_barrier()
+    if tl.atomic_add(flags + heads + head, 1, sem="acq_rel") == readers - 1:
+        tl.store(flags + head, 0)
+        tl.store(flags + heads + head, 0)
