@@ -60,7 +60,7 @@ class GaussianKernelAttention(Attention):
         """Return s of each head, (heads,), in float32 at least."""
         return widen(self.log_bandwidth).exp()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, _ = x.shape
         x = x.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return x, x, x
