@@ -22,7 +22,7 @@ class GaussianKernelAttention(Attention):
 
     Args:
         window: attend to tokens at most so many places away in the sequence; 0 for all. With a window, torch.export
-            takes one number of tokens, not any.
+            takes any number of tokens above it: ``torch.export.Dim("tokens", min=window + 1)``.
         **kwargs: as for :class:`~visionattn.attention.Attention`; ``qkv_bias`` is without effect.
 
     Raises:
