@@ -182,6 +182,7 @@ def ops(
     head_dim: Annotated[int, typer.Option(help="width of a head")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
     features: Annotated[int, typer.Option(help="random features of performer and dark")] = 256,
+    causal: Annotated[bool, typer.Option("--causal", help="each token attends to itself and those before it")] = False,
     direction: Annotated[
         str, typer.Option(help="forward; or both: forward, forward and backward, and their difference")
     ] = "both",
@@ -202,7 +203,7 @@ def ops(
         direction == "both",
         *(total, batch, heads, head_dim),
         known_dtype(dtype),
-        *(features, device_of(device), rounds),
+        *(features, device_of(device), rounds, causal),
     )
     report = measure_operations(plan, journal(output))
     publish("Attention operations", report, operation_grids(report), output)
