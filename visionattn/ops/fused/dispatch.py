@@ -29,7 +29,7 @@ def attend_positive(inputs: Projection, features: FeatureMap | None, keep: Tenso
     Raises:
         UnsupportedError: the switch is on ``fused`` and no kernel can do it.
     """
-    if not _chosen(_refusal(inputs) or _map_refusal(inputs, features)):
+    if not _chosen(_map_refusal(inputs, features) or _refusal(inputs)):
         return None
     assert features is not None
     from visionattn.ops.fused.library import attend
@@ -78,7 +78,7 @@ def _chosen(refusal: str | None) -> bool:
         raise UnsupportedError(f"no fused kernel: {refusal}; choose kernels('auto') or kernels('eager')")
     fused = path != "eager" and not refusal
     if switch.listeners:
-        switch.tell(fused, refusal or ("kernels('eager') is chosen" if path == "eager" else ""))
+        switch.tell(fused, "kernels('eager') is chosen" if path == "eager" else refusal or "")
     return fused
 
 
