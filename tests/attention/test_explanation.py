@@ -36,7 +36,7 @@ def test_the_switch_is_a_reason() -> None:
 def test_mechanisms_without_kernels_of_ours() -> None:
     x = torch.randn(1, 3, 32, 32)
     assert visionattn.explain(model_of("softmax"), x)[0].path == "pytorch"
-    assert visionattn.explain(model_of("uniform"), x)[0].reason == "there is none for this mechanism"
+    assert visionattn.explain(model_of("uniform"), x)[0].reason == "there is none for this mechanism and its options"
     assert visionattn.explain(model_of("gka"), x)[0].reason == "it has no kernel"
 
 

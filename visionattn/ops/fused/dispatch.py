@@ -4,6 +4,7 @@ Each function returns None where the eager formula is to be taken.
 """
 
 import os
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -122,7 +123,13 @@ def _reason(*inputs: Any) -> str | None:
     return f"heads are {width} wide, and kernels take {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
-_remembered = lru_cache(maxsize=1024)(_reason)
+@lru_cache(maxsize=1024)
+def _remembered(*inputs: Any) -> str | None:
+    """Say once for each kind of call why kernels cannot take it; on a GPU, where that costs time, with a warning."""
+    reason = _reason(*inputs)
+    if reason and inputs[0].type == "cuda" and switch.path() == "auto":
+        warnings.warn(f"no fused kernel: {reason}; the eager formula is taken, which is slower", stacklevel=2)
+    return reason
 
 
 def _map_refusal(inputs: Projection, features: FeatureMap | None) -> str | None:
