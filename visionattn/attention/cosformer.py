@@ -54,8 +54,12 @@ class CosformerAttention(PositiveAttention):
     ) -> Tensor:
         positions = self.positions(q.shape[-2], grid, q.device)
         q, k = cosformer.log_features(q, positions), cosformer.log_features(k, positions)
-        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            mixed = self.fuse(Projection(q, self.num_heads, k, v), key_mask(attn_mask))
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            keep = key_mask(attn_mask)
+            if is_causal:
+                mixed = self.fuse_causal(q, k, v, keep)
+            else:
+                mixed = self.fuse(Projection(q, self.num_heads, k, v), keep)
             if mixed is not None:
                 return mixed
         return self.run(q, k, v, key_mask(attn_mask), is_causal)

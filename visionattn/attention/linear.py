@@ -65,8 +65,12 @@ class LinearAttention(Attention):
         is_causal: bool,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            mixed = self.fuse(Projection(q, self.num_heads, k, v), key_mask(attn_mask))
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            keep = key_mask(attn_mask)
+            if is_causal:
+                mixed = self.fuse_causal(q, k, v, keep)
+            else:
+                mixed = self.fuse(Projection(q, self.num_heads, k, v), keep)
             if mixed is not None:
                 return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
@@ -86,8 +90,9 @@ class LinearAttention(Attention):
         """
         return fused.refuse("there is none for this mechanism")
 
-    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """Attend to the tokens before each, from what the family takes, likewise."""
+    @torch.jit.unused
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        """Attend to the tokens before each, likewise."""
         return fused.refuse("there is none for this mechanism with is_causal=True")
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, is_causal: bool) -> Tensor:
@@ -97,8 +102,7 @@ class LinearAttention(Attention):
     @torch.jit.unused
     def causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         """Mix the values over the tokens before each, from what the family takes; not in TorchScript."""
-        mixed = self.fuse_causal(q, k, v) if keep is None else fused.refuse("tokens are masked")
-        return scan.causal(self.family(), q, k, v, keep) if mixed is None else mixed
+        return scan.causal(self.family(), q, k, v, keep)
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Any) -> tuple[Tensor, Any]:
         return scan.step(self.family(), self.queries(q), self.keys(k), v, state)
@@ -130,8 +134,9 @@ class PositiveAttention(LinearAttention):
     def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
         return fused.attend_positive(inputs, self.fused_map(), keep)
 
-    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return fused.attend_causally(q, k, v)
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        features = self.fused_map()
+        return fused.attend_causally(q, k, v, self.log_features if features is None else features, keep)
 
 
 class SignedAttention(LinearAttention):

@@ -12,7 +12,7 @@ from visionattn.attention.linear import LinearAttention
 from visionattn.errors import ConfigError, suggest
 from visionattn.ops import positive, signed, slay, yat
 from visionattn.ops.draws import gaussian
-from visionattn.ops.fused import attend_causally, attend_positive, yat_features
+from visionattn.ops.fused import FeatureMap, attend_causally, attend_positive, yat_features
 from visionattn.ops.packing import Projection
 from visionattn.ops.scan import Family
 
@@ -116,12 +116,16 @@ class SlayAttention(RandomFeatures, LinearAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep) if self.positive else signed.linear(q, k, v, keep)
 
-    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
-        features = yat_features(self.draws, self.bank, self.scales, self.weights) if self.positive else None
-        return attend_positive(inputs, features, keep)
+    def fused_map(self) -> FeatureMap | None:
+        """Return the map as fused kernels know it, or None."""
+        return yat_features(self.draws, self.bank, self.scales, self.weights) if self.positive else None
 
-    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        return attend_causally(q, k, v) if self.positive else super().fuse_causal(q, k, v)
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
+        return attend_positive(inputs, self.fused_map(), keep)
+
+    def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+        features = self.fused_map()
+        return super().fuse_causal(q, k, v, keep) if features is None else attend_causally(q, k, v, features, keep)
 
     def square_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """The estimate of x^2 of all pairs, (B, H, N, N)."""

@@ -1,338 +1,287 @@
-"""Triton kernels for causal attention by positive features, forward and backward.
+"""Triton kernels for causal attention by positive features: states of keys, and the forward pass.
 
-The mathematics is that of :mod:`visionattn.ops.positive`. Kernels take logarithms of features, to base e, from memory:
-x of queries, z of keys; the maps stay in PyTorch. In the names of shapes, F is the padded number of features and E the
-padded width of values, or what one program has of either.
+The mathematics is that of :mod:`visionattn.ops.positive`. The natural logarithms of features, x of queries and z of
+keys, are made on chip from what is in memory: of maps that are taken entry by entry, from queries and keys themselves,
+by the map EXP, which is none, from logarithms that PyTorch made. In the names of shapes, F is the padded number of
+features and E the padded width of values, or what one program has of either; C is the number of tokens in a block.
 
-A state holds some tokens: for each feature a logarithm ``top``, the sum ``mass`` of ``exp(log - top)`` times a number
-that each token has, and the sums ``slots`` of ``exp(log - top)`` times its values. Heads are split into chunks.
-:func:`gather` makes states of chunks, :func:`join` adds to each those before it, and each program of :func:`forward`
-goes on from there, in blocks: queries read the state, then attend to the keys of their own block pair by pair, then the
-keys join the state. Logarithms are added before an exponential is taken, and what is subtracted, ``peak``, is the
-maximum of the sum over all that a query reads: whatever the range of logarithms, no exponential overflows, and none
-underflows that counts.
+A state holds some keys: for each feature the maximum ``top`` of z, the sum ``mass`` of ``exp(z - top)`` and the sums
+``slots`` of ``exp(z - top)`` times the values. Heads are split into chunks. :func:`gather` makes the states of chunks,
+:func:`join` makes of them those of all keys before each chunk, and each program of :func:`forward` goes on from there.
 
-With the gradient g of a query's output y, and the weight ``p = exp(x + z - peak) / total`` of a feature of a pair,
+A block is attended to as a whole. With ``above``, the maximum of ``top`` and of all z of the block, keys are
+``exp(z - above)`` and queries ``exp(x + above - peak)``, where the peak is a query's maximum: neither is more than 1,
+and weights are products of matrices. Tokens of the block that come after a query have part in ``above``. That is
+accurate as long as they raise it by LIMIT at most above what the block's first query sees, for its weights sum up to
+``exp(-LIMIT)`` at least. Where they raise it more, a range of the block is taken at a time, by the same lines: half of
+it, or half of that, down to one token.
 
-    dx_i = sum_j p_ij (g_i.v_j - g_i.y_i),   dz_j = sum_i p_ij (g_i.v_j - g_i.y_i),   dv_j = sum_i sum_f p_ij g_i:
+Values are taken less an origin of the head: little is lost in sums where all values have much in common.
 
-the first reads states of the keys before, as :func:`forward` does, the others read states of the queries after. In
-those, logarithms are ``x + mark - peak``, and keys read them with ``z - mark``, where the mark is the ``top`` of all
-keys before a block: where weights are large, both are small, and little of them is lost in rounding.
-
-All sums are taken in fixed order: results are the same, bit by bit, from run to run.
+All sums are taken in fixed order, and no program reads what the same launch writes: results are the same, bit by bit,
+from run to run.
 """
 
 import triton
 import triton.language as tl
 
+from visionattn.ops.fused.positive import ELU, EPSILON, RELU
 from visionattn.ops.fused.tiles import span
 
 NEVER: tl.constexpr = tl.constexpr(-1e30)
-BLOCK: tl.constexpr = tl.constexpr(16)
-UNROLL: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def _tile(base, at, stop, first, stride_n, stride_d, other, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Load rows from ``at`` and columns from ``first`` on of (tokens, WIDTH) as (BLOCK, D), in float32."""
-    n, d = at + tl.arange(0, BLOCK), first + tl.arange(0, D)
-    inside = (n < stop)[:, None] & (d < WIDTH)[None, :]
-    return tl.load(base + n[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=other).to(tl.float32)
+def load_block(base, at, stop, first, stride_n, stride_d, other, WIDTH: tl.constexpr, C: tl.constexpr,
+               D: tl.constexpr):  # fmt: skip
+    """Load rows from ``at`` and columns from ``first`` on of (tokens, WIDTH) as (C, D)."""
+    n, d = tl.arange(0, C), first + tl.arange(0, D)
+    base += tl.full((), at, tl.int64) * stride_n
+    inside = (n < stop - at)[:, None] & (d < WIDTH)[None, :]
+    return tl.load(base + n[:, None] * stride_n + d[None, :] * stride_d, mask=inside, other=other)
 
 
 @triton.jit
-def _row(base, n, first, stride_n, stride_d, other, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Load columns from ``first`` on of row n of (tokens, WIDTH) as (D,), in float32."""
-    d = first + tl.arange(0, D)
-    return tl.load(base + n * stride_n + d * stride_d, mask=d < WIDTH, other=other).to(tl.float32)
-
-
-@triton.jit
-def _bounded(logs):
-    """Return logarithms that are finite: minus infinity stands for the logarithm of zero, NaN stays."""
-    return tl.maximum(logs, NEVER, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _logs(base, at, stop, first, stride_n, stride_d, WIDTH: tl.constexpr, F: tl.constexpr):
-    """Load logarithms as (BLOCK, F), NEVER outside."""
-    return _bounded(_tile(base, at, stop, first, stride_n, stride_d, float("-inf"), WIDTH, F))
-
-
-@triton.jit
-def _log_row(base, n, first, stride_n, stride_d, WIDTH: tl.constexpr, F: tl.constexpr):
-    """Load logarithms of one token as (F,), NEVER outside."""
-    return _bounded(_row(base, n, first, stride_n, stride_d, float("-inf"), WIDTH, F))
-
-
-@triton.jit
-def _put(base, value, at, stop, first, stride_n, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Store (BLOCK, D) in rows from ``at`` and columns from ``first`` on of (tokens, WIDTH)."""
-    n, d = at + tl.arange(0, BLOCK), first + tl.arange(0, D)
-    inside = (n < stop)[:, None] & (d < WIDTH)[None, :]
+def store_block(base, value, keep, at, first, stride_n, WIDTH: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Store those rows of (C, D) that are to be kept, from row ``at`` and column ``first`` on of (tokens, WIDTH)."""
+    n, d = tl.arange(0, C), first + tl.arange(0, D)
+    base += tl.full((), at, tl.int64) * stride_n
+    inside = keep[:, None] & (d < WIDTH)[None, :]
     tl.store(base + n[:, None] * stride_n + d[None, :], value.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _number(base, at, stop, other):
-    """Load one number a token as (BLOCK,)."""
-    n = at + tl.arange(0, BLOCK)
+def load_numbers(base, at, stop, other, C: tl.constexpr):
+    """Load one number a token, (C,)."""
+    n = at + tl.arange(0, C)
     return tl.load(base + n, mask=n < stop, other=other)
 
 
 @triton.jit
-def _state(tops, masses, slots, place, known, first, left, FEATURES: tl.constexpr, VALUES: tl.constexpr,
-           F: tl.constexpr, E: tl.constexpr):  # fmt: skip
+def logs_of(x, at, stop, first, MAP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+    """Return the logarithms of the features of a block that was loaded with minus infinity outside, NEVER there.
+
+    They are finite: minus infinity stands for the logarithm of zero, NaN stays.
+    """
+    z = x.to(tl.float32)
+    if MAP == ELU:
+        z = tl.where(z > 0, tl.log(1 + tl.maximum(z, 0.0)), z)
+    elif MAP == RELU:
+        n, f = tl.arange(0, C), first + tl.arange(0, F)
+        inside = (n < stop - at)[:, None] & (f < WIDTH)[None, :]
+        z = tl.log(tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) + EPSILON)
+        z = tl.where(inside, z, NEVER)
+    return tl.maximum(z, NEVER, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_logs(base, at, stop, first, stride_n, stride_d, MAP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+              F: tl.constexpr):  # fmt: skip
+    """Load queries or keys, and return the logarithms of their features, (C, F)."""
+    x = load_block(base, at, stop, first, stride_n, stride_d, float("-inf"), WIDTH, C, F)
+    return logs_of(x, at, stop, first, MAP, WIDTH, C, F)
+
+
+@triton.jit
+def load_state(states, place, known, first, left, FEATURES: tl.constexpr, VALUES: tl.constexpr, F: tl.constexpr,
+               E: tl.constexpr):  # fmt: skip
     """Load the features from ``first`` and values from ``left`` on of a state; that of no tokens if not ``known``."""
     f, e = first + tl.arange(0, F), left + tl.arange(0, E)
-    there = place * FEATURES + f
-    exists = (f < FEATURES) & known
-    top = tl.load(tops + there, mask=exists, other=NEVER)
-    mass = tl.load(masses + there, mask=exists, other=0.0)
-    return top, mass, tl.load(slots + there[:, None] * VALUES + e[None, :], mask=exists[:, None], other=0.0)
+    states += place * (FEATURES * (VALUES + 2))
+    known = (f < FEATURES) & known
+    slots = tl.load(states + f[:, None] * VALUES + e[None, :], mask=known[:, None], other=0.0)
+    top = tl.load(states + FEATURES * VALUES + f, mask=known, other=NEVER)
+    mass = tl.load(states + FEATURES * (VALUES + 1) + f, mask=known, other=0.0)
+    return top, mass, slots
 
 
 @triton.jit
-def _keep(tops, masses, slots, place, first, top, mass, sums, FEATURES: tl.constexpr, F: tl.constexpr,
-          E: tl.constexpr):  # fmt: skip
-    """Store the features from ``first`` on of a state."""
+def store_state(states, place, first, top, mass, slots, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    """Store the features from ``first`` on of a state, with all values."""
     f, e = first + tl.arange(0, F), tl.arange(0, E)
-    there = place * FEATURES + f
-    tl.store(tops + there, top)
-    tl.store(masses + there, mass)
-    tl.store(slots + there[:, None] * E + e[None, :], sums)
+    states += place * (FEATURES * (E + 2))
+    tl.store(states + f[:, None] * E + e[None, :], slots)
+    tl.store(states + FEATURES * E + f, top)
+    tl.store(states + FEATURES * (E + 1) + f, mass)
 
 
 @triton.jit
-def _mark(marks, head, at, first, tokens, FEATURES: tl.constexpr, F: tl.constexpr):
-    """Load the mark of the block of a token, (F,)."""
-    block = head * tl.cdiv(tokens, BLOCK) + at // BLOCK
-    return tl.load(marks + block * FEATURES + first + tl.arange(0, F))
+def load_mark(marks, head, block, first, tokens, FEATURES: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+    """Load the top after a block of a head, (F,); NEVER before the first."""
+    f = first + tl.arange(0, F)
+    place = (head * tl.cdiv(tokens, C) + block) * FEATURES
+    return tl.load(marks + place + f, mask=(f < FEATURES) & (block >= 0), other=NEVER)
 
 
 @triton.jit
-def _taken(top, mass, slots, logs, numbers, values, P: tl.constexpr):
-    """Return the state with some tokens taken in, with logarithms (n, F), numbers (n,) and values (n, E)."""
-    above = tl.maximum(top, tl.max(logs, 0))
-    weights = tl.exp(logs - above[None, :])
-    fade = tl.exp(top - above)
-    mass = mass * fade + tl.sum(weights * numbers[:, None], 0)
-    return above, mass, tl.dot(tl.trans(weights), values, slots * fade[:, None], input_precision=P)
+def product(a, b, total, LEFT: tl.constexpr, RIGHT: tl.constexpr, P: tl.constexpr):
+    """Return the total and ``a b``, all of float32; a is transposed if LEFT, b if RIGHT.
+
+    Numbers are multiplied to Triton's precision P, or ``split`` in two of bfloat16 each, which have 16 bits together:
+    errors are far below a rounding of outputs in half precision. That is ``emulated`` for Triton's interpreter, which
+    cannot multiply matrices of bfloat16.
+    """
+    if P == "split" or P == "emulated":
+        a_high, a_low = _split(a, LEFT, P)
+        b_high, b_low = _split(b, RIGHT, P)
+        total = tl.dot(a_high, b_high, total)
+        total = tl.dot(a_low, b_high, total)
+        total = tl.dot(a_high, b_low, total)
+    else:
+        total = tl.dot(tl.trans(a) if LEFT else a, tl.trans(b) if RIGHT else b, total, input_precision=P)
+    return total
+
+
+@triton.jit
+def _split(x, TURNED: tl.constexpr, P: tl.constexpr):
+    """Return two of bfloat16 whose sum is x, nearly."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    if P == "emulated":
+        high, low = high.to(tl.float32), low.to(tl.float32)
+    if TURNED:
+        high, low = tl.trans(high), tl.trans(low)
+    return high, low
+
+
+@triton.jit
+def highest(top, z, stop, C: tl.constexpr):
+    """Return the maximum of top and the rows up to ``stop`` of z, (F,)."""
+    return tl.maximum(top, tl.max(tl.where((tl.arange(0, C) < stop)[:, None], z, NEVER), 0))
+
+
+@triton.jit
+def causal(pairs, at, TURNED: tl.constexpr, C: tl.constexpr):
+    """Return what queries, in rows, have with keys, in columns, up to them, zeros elsewhere; TURNED: keys are in rows.
+
+    Places are counted from ``at``, which changes nothing but that the compiler keeps no mask in registers all along.
+    """
+    row, column = (at + tl.arange(0, C))[:, None], (at + tl.arange(0, C))[None, :]
+    return tl.where(row <= column if TURNED else row >= column, pairs, 0.0)
+
+
+@triton.jit
+def origin_of(v, tokens, first, stride_n, stride_d, VALUE_WIDTH: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
+    """Return the origin of a head's values, (1, E): the mean of the first block, so that no outlier makes it."""
+    y = load_block(v, 0, tokens, first, stride_n, stride_d, 0.0, VALUE_WIDTH, C, E).to(tl.float32)
+    return (tl.sum(y, 0) / tl.minimum(tokens, C))[None, :]
+
+
+@triton.jit
+def load_values(base, at, stop, first, stride_n, stride_d, origin, WIDTH: tl.constexpr, C: tl.constexpr,
+                E: tl.constexpr):  # fmt: skip
+    """Load values and return what they have beyond the origin, (C, E); any numbers outside."""
+    return load_block(base, at, stop, first, stride_n, stride_d, 0.0, WIDTH, C, E).to(tl.float32) - origin
+
+
+@triton.jit
+def inside_range(low, high, C: tl.constexpr):
+    """Return which tokens of a block are in a range, (C,)."""
+    n = tl.arange(0, C)
+    return (n >= low) & (n < high)
+
+
+@triton.jit
+def weights_of(logs, inside):
+    """Return ``exp(logs)`` of the tokens inside, zeros of others."""
+    return tl.exp(tl.where(inside[:, None], logs, float("-inf")))
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def gather(
-    logs, values, peaks, totals, deltas, marks, tops, masses, slots,
-    slb, slh, sln, sld, svb, svh, svn, svd, heads, tokens, parts,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    QUERIES: tl.constexpr, P: tl.constexpr,
+    k, v, states, skb, skh, skn, skd, svb, svh, svn, svd, heads, tokens, parts,
+    MAP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Make the states of chunks. Grid: (batch x heads x parts, tiles of features).
-
-    There is one chunk more than there are parts: that of keys which come last, or that of QUERIES which come first, is
-    in no state that is read.
-    """
+    """Make the states of all chunks of keys but the last. Grid: (batch x heads x parts, tiles of features)."""
     item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * F
     head = item // parts
-    start, stop = span((item % parts).to(tl.int32) + QUERIES, parts + 1, tokens, BLOCK)
-    logs += head // heads * slb + head % heads * slh
-    values += head // heads * svb + head % heads * svh
+    start, stop = span((item % parts).to(tl.int32), parts + 1, tokens, C)
+    k += head // heads * skb + head % heads * skh
+    v += head // heads * svb + head % heads * svh
+    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E)
     top = tl.full([F], NEVER, tl.float32)
     mass = tl.zeros([F], tl.float32)
     sums = tl.zeros([F, E], tl.float32)
-    if QUERIES:
-        mark = _mark(marks, head, start, first, tokens, FEATURES, F)[None, :]
-    for at in range(start, stop, BLOCK):
-        x = _logs(logs, at, stop, first, sln, sld, WIDTH, F)
-        y = _tile(values, at, stop, 0, svn, svd, 0.0, VALUE_WIDTH, E)
-        if QUERIES:
-            own = _mark(marks, head, at, first, tokens, FEATURES, F)[None, :]
-            x = x + own - _number(peaks + head * tokens, at, stop, 0.0)[:, None] - (own - mark)
-            y /= _number(totals + head * tokens, at, stop, 1.0)[:, None]
-            numbers = _number(deltas + head * tokens, at, stop, 0.0)
-        else:
-            numbers = (at + tl.arange(0, BLOCK) < stop).to(tl.float32)
-        top, mass, sums = _taken(top, mass, sums, x, numbers, y, P)
-    _keep(tops, masses, slots, item, first, top, mass, sums, FEATURES, F, E)
+    for at in tl.range(start, stop, C, num_stages=STAGES):  # whole blocks: the last chunk has the rest
+        z = load_logs(k, at, stop, first, skn, skd, MAP, WIDTH, C, F)
+        y = load_values(v, at, stop, 0, svn, svd, origin, VALUE_WIDTH, C, E)
+        above = tl.maximum(top, tl.max(z, 0))
+        keys = tl.exp(z - above[None, :])
+        fade = tl.exp(top - above)
+        mass = mass * fade + tl.sum(keys, 0)
+        sums = product(keys, y, sums * fade[:, None], True, False, P)
+        top = above
+    store_state(states, item, first, top, mass, sums, FEATURES, F, E)
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
-def join(
-    marks, tops, masses, slots, tokens, parts,
-    FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Add to each state of a head those of keys before, or of QUERIES after.
-
-    Grid: (batch x heads, tiles of features).
-    """
+@triton.jit(do_not_specialize=["parts"])
+def join(states, joined, parts, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    """Make the states of all keys up to the end of each part. Grid: (batch x heads, tiles of features)."""
     head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * F
     top = tl.full([F], NEVER, tl.float32)
     mass = tl.zeros([F], tl.float32)
     sums = tl.zeros([F, E], tl.float32)
-    for step in range(parts):
-        part = step
-        if QUERIES:
-            part = parts - 1 - step
-            start, stop = span(part + 1, parts + 1, tokens, BLOCK)
-            if step > 0:
-                top -= _mark(marks, head, stop, first, tokens, FEATURES, F)
-                top += _mark(marks, head, start, first, tokens, FEATURES, F)
+    for part in tl.range(parts, num_stages=4):  # loads of later parts are under way meanwhile
         place = head * parts + part
-        new_top, new_mass, new_sums = _state(tops, masses, slots, place, True, first, 0, FEATURES, E, F, E)
+        new_top, new_mass, new_sums = load_state(states, place, True, first, 0, FEATURES, E, F, E)
         above = tl.maximum(top, new_top)
         fade, share = tl.exp(top - above), tl.exp(new_top - above)
         top, mass = above, mass * fade + new_mass * share
         sums = sums * fade[:, None] + new_sums * share[:, None]
-        _keep(tops, masses, slots, place, first, top, mass, sums, FEATURES, F, E)
+        store_state(joined, place, first, top, mass, sums, FEATURES, F, E)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
+@triton.jit(do_not_specialize=["step_stat", "tokens", "chunks"])
 def forward(
-    a, b, v, o, wide, peaks, totals, tops, masses, slots,
-    sab, sah, san, sad, sbb, sbh, sbn, sbd, svb, svh, svn, svd, sob, soh, son, heads, tokens, chunks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr,
-    SAVE: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr,
+    q, k, v, o, mixes, stats, marks, states,
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sob, soh, son, step_stat, heads, tokens, chunks,
+    MAP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, VALUES: tl.constexpr,
+    E: tl.constexpr, C: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Attend. Grid: (batch x heads x chunks, tiles of values)."""
     item, left = tl.program_id(0).to(tl.int64), tl.program_id(1) * E
     head, chunk = item // chunks, (item % chunks).to(tl.int32)
-    start, stop = span(chunk, chunks, tokens, BLOCK)
-    a += head // heads * sab + head % heads * sah
-    b += head // heads * sbb + head % heads * sbh
+    start, stop = span(chunk, chunks, tokens, C)
+    q += head // heads * sqb + head % heads * sqh
+    k += head // heads * skb + head % heads * skh
     v += head // heads * svb + head % heads * svh
     there = head // heads * sob + head % heads * soh
-    mine = tl.arange(0, BLOCK)
-    place = head * (chunks - 1) + chunk - 1
-    top, mass, sums = _state(tops, masses, slots, place, chunk > 0, 0, left, F, VALUES, F, E)
-    for at in range(start, stop, BLOCK):
-        count = tl.minimum(BLOCK, stop - at)
-        x = _logs(a, at, stop, 0, san, sad, WIDTH, F)
-        reach = tl.zeros([BLOCK, F], tl.float32) + top[None, :]
-        for j in tl.range(count, loop_unroll_factor=UNROLL):
-            key = _log_row(b, at + j, 0, sbn, sbd, WIDTH, F)[None, :]
-            reach = tl.where((mine >= j)[:, None], tl.maximum(reach, key), reach)
-        peak = tl.max(x + reach, 1)
-        weights = tl.exp(x + top[None, :] - peak[:, None])
-        total = tl.sum(weights * mass[None, :], 1)
-        mixed = tl.dot(weights, sums, input_precision=P)
-        for j in tl.range(count, loop_unroll_factor=UNROLL):
-            key = _log_row(b, at + j, 0, sbn, sbd, WIDTH, F)[None, :]
-            value = _row(v, at + j, left, svn, svd, 0.0, VALUE_WIDTH, E)[None, :]
-            weight = tl.sum(tl.exp(x + key - tl.where(mine >= j, peak, -NEVER)[:, None]), 1)
-            total += weight
-            mixed += weight[:, None] * value
-        mixed /= total[:, None]
-        _put(o + there, mixed, at, stop, left, son, VALUE_WIDTH, E)
+    mine = tl.arange(0, C)
+    origin = origin_of(v, tokens, left, svn, svd, VALUE_WIDTH, C, E)
+    top, mass, sums = load_state(states, head * (chunks - 1) + chunk - 1, chunk > 0, 0, left, F, VALUES, F, E)
+    at = start
+    while at < stop:
+        end = tl.minimum((at // C + 1) * C, stop)
+        z = load_logs(k, at, end, 0, skn, skd, MAP, WIDTH, C, F)
+        x = load_logs(q, at, end, 0, sqn, sqd, MAP, WIDTH, C, F)
+        y = load_values(v, at, end, left, svn, svd, origin, VALUE_WIDTH, C, E)
+        base = tl.maximum(top, tl.max(load_logs(k, at, end, 0, skn, skd, MAP, WIDTH, 1, F), 0))
+        above, next = tl.maximum(top, tl.max(z, 0)), end
+        while tl.max(above - base, 0) > LIMIT:
+            next = at + (next - at) // 2
+            above = highest(top, z, next - at, C)
+        inside = mine < next - at
+        fade = tl.exp(top - above)
+        top, mass, sums = above, mass * fade, sums * fade[:, None]
+        peak = tl.max(x + above[None, :], 1)
+        queries = tl.exp(x + above[None, :] - peak[:, None])
+        total = tl.sum(queries * mass[None, :], 1)
+        mixed = product(queries, sums, tl.zeros([C, E], tl.float32), False, False, P)
+        keys = weights_of(z - above[None, :], inside)
+        mass += tl.sum(keys, 0)
+        sums = product(keys, y, sums, True, False, P)
+        pairs = causal(product(queries, keys, tl.zeros([C, C], tl.float32), False, True, P), at, False, C)
+        total += tl.sum(pairs, 1)
+        mixed = product(pairs, y, mixed, False, False, P) * (1 / total)[:, None]
+        store_block(o + there, mixed + origin, inside, at, left, son, VALUE_WIDTH, C, E)
         if SAVE:
-            if WIDE:
-                _put(wide + there, mixed, at, stop, left, son, VALUE_WIDTH, E)
+            store_block(mixes + head * tokens * VALUE_WIDTH, mixed, inside, at, left, VALUE_WIDTH, VALUE_WIDTH, C, E)
             if left == 0:
-                tl.store(peaks + head * tokens + at + mine, peak, mask=mine < count)
-                tl.store(totals + head * tokens + at + mine, total, mask=mine < count)
-        z = _logs(b, at, stop, 0, sbn, sbd, WIDTH, F)
-        y = _tile(v, at, stop, left, svn, svd, 0.0, VALUE_WIDTH, E)
-        top, mass, sums = _taken(top, mass, sums, z, (mine < count).to(tl.float32), y, P)
-
-
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def query_gradients(
-    a, b, v, o, do, da, peaks, totals, deltas, marks, tops, masses, slots,
-    sab, sah, san, sad, sbb, sbh, sbn, sbd, svb, svh, svn, svd, sgb, sgh, sgn, sgd, sdb, sdh, sdn, sob, soh, son,
-    heads, tokens, chunks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    """Take the gradients of queries; leave the marks, and ``g.y / total`` as deltas.
-
-    Grid: (batch x heads x chunks, tiles of features).
-    """
-    item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * F
-    head, chunk = item // chunks, (item % chunks).to(tl.int32)
-    start, stop = span(chunk, chunks, tokens, BLOCK)
-    a += head // heads * sab + head % heads * sah
-    b += head // heads * sbb + head % heads * sbh
-    v += head // heads * svb + head % heads * svh
-    do += head // heads * sgb + head % heads * sgh
-    da += head // heads * sdb + head % heads * sdh
-    o += head // heads * sob + head % heads * soh
-    mine = tl.arange(0, BLOCK)
-    place = head * (chunks - 1) + chunk - 1
-    top, mass, sums = _state(tops, masses, slots, place, chunk > 0, first, 0, FEATURES, E, F, E)
-    for at in range(start, stop, BLOCK):
-        count = tl.minimum(BLOCK, stop - at)
-        x = _logs(a, at, stop, first, san, sad, WIDTH, F)
-        peak = _number(peaks + head * tokens, at, stop, 0.0)
-        g = _tile(do, at, stop, 0, sgn, sgd, 0.0, VALUE_WIDTH, E)
-        g /= _number(totals + head * tokens, at, stop, 1.0)[:, None]
-        delta = tl.sum(g * _tile(o, at, stop, 0, son, 1, 0.0, VALUE_WIDTH, E), 1)
-        if first == 0:
-            tl.store(deltas + head * tokens + at + mine, delta, mask=mine < count)
-        block = head * tl.cdiv(tokens, BLOCK) + at // BLOCK
-        tl.store(marks + block * FEATURES + first + tl.arange(0, F), top)
-        dx = tl.dot(g, tl.trans(sums), input_precision=P) - delta[:, None] * mass[None, :]
-        dx *= tl.exp(x + top[None, :] - peak[:, None])
-        for j in tl.range(count, loop_unroll_factor=UNROLL):
-            key = _log_row(b, at + j, first, sbn, sbd, WIDTH, F)[None, :]
-            value = _row(v, at + j, 0, svn, svd, 0.0, VALUE_WIDTH, E)[None, :]
-            pull = tl.sum(g * value, 1) - delta
-            dx += tl.exp(x + key - tl.where(mine >= j, peak, -NEVER)[:, None]) * pull[:, None]
-        _put(da, dx, at, stop, first, sdn, WIDTH, F)
-        z = _logs(b, at, stop, first, sbn, sbd, WIDTH, F)
-        y = _tile(v, at, stop, 0, svn, svd, 0.0, VALUE_WIDTH, E)
-        top, mass, sums = _taken(top, mass, sums, z, (mine < count).to(tl.float32), y, P)
-
-
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def key_gradients(
-    a, b, v, do, db, dv, peaks, totals, deltas, marks, tops, masses, slots,
-    sab, sah, san, sad, sbb, sbh, sbn, sbd, svb, svh, svn, svd, sgb, sgh, sgn, sgd, sdb, sdh, sdn,
-    step_tile, seb, seh, sen, heads, tokens, chunks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    """Take the gradients of keys, and of those of values the part of a tile of features. The grid is the same."""
-    item, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first = tl.program_id(1) * F
-    head, chunk = item // chunks, (item % chunks).to(tl.int32)
-    start, stop = span(chunk, chunks, tokens, BLOCK)
-    a += head // heads * sab + head % heads * sah
-    b += head // heads * sbb + head % heads * sbh
-    v += head // heads * svb + head % heads * svh
-    do += head // heads * sgb + head % heads * sgh
-    db += head // heads * sdb + head % heads * sdh
-    dv += tile * step_tile + head // heads * seb + head % heads * seh
-    peaks += head * tokens
-    totals += head * tokens
-    deltas += head * tokens
-    mine = tl.arange(0, BLOCK)
-    place = head * (chunks - 1) + chunk
-    top, mass, sums = _state(tops, masses, slots, place, chunk < chunks - 1, first, 0, FEATURES, E, F, E)
-    mark = _mark(marks, head, tl.minimum(stop, tokens - 1), first, tokens, FEATURES, F)
-    blocks = tl.cdiv(stop - start, BLOCK)
-    for step in range(blocks):
-        at = start + (blocks - 1 - step) * BLOCK
-        count = tl.minimum(BLOCK, stop - at)
-        z = _logs(b, at, stop, first, sbn, sbd, WIDTH, F)
-        y = _tile(v, at, stop, 0, svn, svd, 0.0, VALUE_WIDTH, E)
-        weights = tl.exp(z - mark[None, :] + top[None, :])
-        dz = weights * (tl.dot(y, tl.trans(sums), input_precision=P) - mass[None, :])
-        dy = tl.dot(weights, sums, input_precision=P)
-        for i in tl.range(count, loop_unroll_factor=UNROLL):
-            query = _log_row(a, at + i, first, san, sad, WIDTH, F)[None, :]
-            g = _row(do, at + i, 0, sgn, sgd, 0.0, VALUE_WIDTH, E)[None, :] / tl.load(totals + at + i)
-            peak = tl.where(mine <= i, tl.load(peaks + at + i), -NEVER)
-            weights = tl.exp(z + query - peak[:, None])
-            pull = tl.sum(y * g, 1) - tl.load(deltas + at + i)
-            dz += weights * pull[:, None]
-            dy += tl.sum(weights, 1)[:, None] * g
-        _put(db, dz, at, stop, first, sdn, WIDTH, F)
-        _put(dv, dy, at, stop, 0, sen, VALUE_WIDTH, E)
-        x = _logs(a, at, stop, first, san, sad, WIDTH, F)
-        before = _mark(marks, head, at, first, tokens, FEATURES, F)
-        top -= mark - before
-        mark = before
-        x = x + mark[None, :] - _number(peaks, at, stop, 0.0)[:, None]
-        g = _tile(do, at, stop, 0, sgn, sgd, 0.0, VALUE_WIDTH, E)
-        g /= _number(totals, at, stop, 1.0)[:, None]
-        top, mass, sums = _taken(top, mass, sums, x, _number(deltas, at, stop, 0.0), g, P)
+                stat = stats + head * tokens + at + mine
+                tl.store(stat, peak, mask=inside)
+                tl.store(stat + step_stat, total, mask=inside)
+                span_of = at % C * (2 * C) + at % C + next - at
+                tl.store(stat + 2 * step_stat, tl.zeros([C], tl.float32) + span_of, mask=inside)
+                tl.store(marks + (head * tl.cdiv(tokens, C) + at // C) * F + tl.arange(0, F), top)
+        at = next

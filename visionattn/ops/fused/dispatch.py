@@ -5,6 +5,7 @@ Each function returns None where the eager formula is to be taken.
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -51,15 +52,34 @@ def attend_with_moments(inputs: Projection, kind: str, keep: Tensor | None = Non
     return attend_moments(inputs, kind, keep)
 
 
-def attend_causally(a: Tensor, b: Tensor, v: Tensor) -> Tensor | None:
-    """Attend to the tokens before each, by the logarithms of positive features (B, H, N, F), likewise."""
-    count = a.shape[-1]
-    refusal = f"it has {count} features a head, and kernels take {MAX_FEATURES}" if count > MAX_FEATURES else None
-    if not _chosen(_refusal(Projection(a, a.shape[1], b, v), MAX_FEATURES) or refusal):
+def attend_causally(
+    q: Tensor, k: Tensor, v: Tensor, features: FeatureMap | Callable[[Tensor], Tensor], keep: Tensor | None = None
+) -> Tensor | None:
+    """Attend to the tokens before each by positive features, or return None.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, N, D).
+        v: (B, H, N, E).
+        features: a map; or what returns the logarithms of features, (B, H, N, F), of queries or keys.
+        keep: key mask, boolean, broadcastable to (B, H, N, 1).
+
+    Raises:
+        UnsupportedError: the switch is on ``fused`` and no kernel can do it.
+    """
+    refusal = _refusal(Projection(q, q.shape[1], k, v), MAX_FEATURES)
+    if not refusal:
+        if isinstance(features, FeatureMap):
+            count = features.features(q.shape[-1])
+        else:
+            count = features(q[:1, :, :1].detach()).shape[-1]
+        if count > MAX_FEATURES:
+            refusal = f"it has {count} features a head, and kernels take {MAX_FEATURES}"
+    if not _chosen(refusal):
         return None
     from visionattn.ops.fused.causal_library import attend_causal
 
-    return attend_causal(a, b, v)
+    return attend_causal(q, k, v, features, keep)
 
 
 def refuse(reason: str) -> Tensor | None:
