@@ -12,12 +12,12 @@ pytest.importorskip("triton", reason="kernels need Triton")
 from visionattn.attention import ATTENTION, Attention, LinearAttention
 from visionattn.errors import UnsupportedError
 from visionattn.ops import positive, switch
-from visionattn.ops.fused import FeatureMap, library, softmax_features, yat_features
+from visionattn.ops.fused import FeatureMap, library, projected_library, softmax_features, yat_features
 from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = 16
-SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2)
+SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2, unit=32, tile=16)
 WHOLE = SPLIT._replace(chunks=1, readers=1)
 
 
@@ -45,10 +45,12 @@ def made(name: str, width: int = D) -> FeatureMap:
 @pytest.fixture(params=[WHOLE, SPLIT], ids=["whole", "split"], autouse=True)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for name in ("plan_forward", "plan_backward"):
-        monkeypatch.setattr(library, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
-    library._prepared_forward.cache_clear()
-    library._prepared_backward.cache_clear()
+    for room in (library, projected_library):
+        for name in ("plan_forward", "plan_backward", "plan_projected", "plan_projected_backward"):
+            if hasattr(room, name):
+                monkeypatch.setattr(room, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
+        room._prepared_forward.cache_clear()
+        room._prepared_backward.cache_clear()
 
 
 def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0, width: int = D) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
+from visionattn.ops.fused import projected_library
 from visionattn.ops.fused.buffers import (
     differentiable_gradients,
     full_precision,
@@ -31,11 +32,7 @@ KINDS = {
     "exp": kernels.EXP.value,
     "elu": kernels.ELU.value,
     "relu": kernels.RELU.value,
-    "random": kernels.RANDOM.value,
-    "sphere": kernels.SPHERE.value,
 }
-
-LOG2E = kernels.LOG2E.value
 
 HELD = 64
 """Width up to which programs with projections hold a warp, and values, at a time."""
@@ -129,28 +126,26 @@ def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
     return padded(features.features(q.shape[-1])), padded(q.shape[-1]), padded(v.shape[-1])
 
 
-def _constants(sizes: Sizes) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    """Return the padded F, D and E, and the constants of compilation that both kernels begin with."""
-    D, each = sizes.queries[-1], sizes.draws[2] if sizes.draws else 1
-    count = sizes.draws[0] * each * sizes.banks if sizes.draws else D
-    F, wide, E = padded(count), padded(D), padded(sizes.width)
-    return (F, wide, E), (count, D, sizes.width, F, wide, E, padded(sizes.banks))
+def _constants(sizes: Sizes) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Return the padded D, that of features too, and E, and the constants of compilation that both kernels have."""
+    D = sizes.queries[-1]
+    F, E = padded(D), padded(sizes.width)
+    return (F, E), (D, D, sizes.width, F, F, E)
 
 
 @lru_cache(maxsize=1024)
 def _prepared_forward(sizes: Sizes) -> Prepared:
-    (F, D, E), constants = _constants(sizes)
+    (F, E), constants = _constants(sizes)
     B, H, N, _ = sizes.queries
-    best = plan_forward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
-    (gains, priors, square), (warped, masked, save) = sizes.numbers, sizes.flags
+    best = plan_forward(N, B * H, F, max(F, E), sizes.types[0] != torch.float32)
+    _, masked, save = sizes.flags
     strides = (*chain(*sizes.strides), N * H * sizes.width, sizes.width, H * sizes.width)
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), _scaled(priors), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
             *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.stages, KINDS[sizes.kind]),
-            *(warped, masked, plan.whole, save, "ieee"),
+            *(masked, plan.whole, save, "ieee"),
         )
         options.append(Option(plan.grid(B * H), arguments, plan.warps))
     return Prepared(Launch(kernels.forward, options), best, F, E)
@@ -158,51 +153,53 @@ def _prepared_forward(sizes: Sizes) -> Prepared:
 
 @lru_cache(maxsize=1024)
 def _prepared_backward(sizes: Sizes) -> Prepared:
-    (F, D, E), constants = _constants(sizes)
+    (F, E), constants = _constants(sizes)
     B, H, N, _ = sizes.queries
-    best = plan_backward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
-    (gains, _, square), (warped, masked, _) = sizes.numbers, sizes.flags
+    best = plan_backward(N, B * H, F, max(F, E), sizes.types[0] != torch.float32)
+    _, masked, _ = sizes.flags
     *inputs, upstream, dq, dv = sizes.strides
     strides = (*chain(*inputs), *upstream, *dq[:3], *dv[:3])
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
             *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
-            *(*constants, plan.block, plan.stages, KINDS[sizes.kind], warped, masked, plan.whole, "ieee"),
+            *(*constants, plan.block, plan.stages, KINDS[sizes.kind], masked, plan.whole, "ieee"),
         )
         options.append(Option(plan.grid(B * H), arguments, plan.warps))
     return Prepared(Launch(kernels.backward, options), best, F, E)
 
 
-def _scaled(values: Sequence[float]) -> tuple[float, ...]:
-    """Return natural logarithms as logarithms to base 2."""
-    return tuple(LOG2E * x for x in values)
-
-
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, features: FeatureMap, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the output and, if they are saved, the slots (B H, F, E) and the statistics (3, B H, F) of all heads."""
-    launch, plan, F, E = _prepared_forward(_sizes(q, k, v, keep, features, save))
-    heads = q.shape[0] * q.shape[1]
+    """Return the output and, if they are saved, the slots (B H, F, E) and the statistics of all heads."""
+    sizes, heads = _sizes(q, k, v, keep, features, save), q.shape[0] * q.shape[1]
     with on(q):
         o, slots, stats, parts, tips = output_like(v), None, None, None, None
+        if features.draws is not None:
+            slots, stats = _state(q, v, features, save)
+            projected_library.launch_forward(sizes, q, k, v, keep, features, o, slots, stats)
+            return o, slots, stats
+        launch, plan, F, E = _prepared_forward(sizes)
         if save or not plan.whole:
-            slots, stats = _state(q, v, heads, F, E, save)
+            slots, stats = _state(q, v, features, save)
         if not plan.whole:
             parts = v.new_empty(heads * plan.chunks, F, E)
             tips = q.new_empty(2, heads * plan.chunks, F, dtype=torch.float32)
-        flags = lowered(q, 0 if plan.whole else heads)
-        _, draws, bank, shift, *_ = features
-        launch(q, k, v, keep, draws, bank, shift, o, slots, stats, parts, tips, flags)
+        launch(q, k, v, keep, o, slots, stats, parts, tips, lowered(q, 0 if plan.whole else heads))
     return o, slots, stats
 
 
-def _state(q: Tensor, v: Tensor, heads: int, F: int, E: int, save: bool) -> tuple[Tensor, Tensor]:
-    """Return memory for slots, in float32 if gradients are taken from them, and for statistics."""
-    slots = v.new_empty(heads, F, E, dtype=torch.float32 if save else v.dtype)
-    return slots, q.new_empty(3, heads, F, dtype=torch.float32)
+def _state(q: Tensor, v: Tensor, features: FeatureMap, save: bool) -> tuple[Tensor, Tensor]:
+    """Return memory for slots, in float32 if gradients are taken from them, and for statistics, 3 B H F.
+
+    Gradients of projected maps need a number a query besides.
+    """
+    B, H, N, _ = q.shape
+    F, _, E = _padded(features, q, v)
+    slots = v.new_empty(B * H, F, E, dtype=torch.float32 if save else v.dtype)
+    rows = N if save and features.draws is not None else 0
+    return slots, q.new_empty(B * H * (3 * F + rows), dtype=torch.float32)
 
 
 def _launch_backward(
@@ -211,6 +208,7 @@ def _launch_backward(
     v: Tensor,
     keep: Tensor | None,
     features: FeatureMap,
+    o: Tensor | None,
     do: Tensor,
     slots: Tensor,
     stats: Tensor,
@@ -219,29 +217,20 @@ def _launch_backward(
     dv: Tensor,
 ) -> Tensor | None:
     """Write the gradients of queries, keys and values; return that of the shift, (H, D, D), if there is one."""
-    sizes = _sizes(q, k, v, keep, features, True, do, dq, dv)
-    launch, plan, F, E = _prepared_backward(sizes)
-    B, H, _, D = q.shape
     with on(q):
-        parts, lifts, dslots, dwarp = None, None, None, None
+        if o is not None:
+            sizes = _sizes(q, k, v, keep, features, True, o, do, dq, dv)
+            return projected_library.launch_backward(
+                sizes, q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)  # fmt: skip
+        launch, plan, F, E = _prepared_backward(_sizes(q, k, v, keep, features, True, do, dq, dv))
+        parts, lifts, dslots, heads = None, None, None, q.shape[0] * q.shape[1]
         if not plan.whole:
-            parts = q.new_empty(B * H * plan.chunks, E, F, dtype=torch.float32)
-            lifts = q.new_empty(B * H * ((plan.chunks + 1) * F + 1), dtype=torch.float32)
-            dslots = v.new_empty(B * H, F, E)
-        if features.shift is not None:
-            dwarp = q.new_empty(*plan.grid(B * H), D, D, dtype=torch.float32)
-        flags = lowered(q, 0 if plan.whole else B * H)
-        _, draws, bank, shift, *_ = features
-        launch(q, k, v, keep, draws, bank, shift, do, dq, dk, dv, dwarp, slots, stats, parts, lifts, dslots, flags)
-        return None if dwarp is None else _summed(dwarp, B, H, plan)
-
-
-def _summed(dwarp: Tensor, B: int, H: int, plan: Plan) -> Tensor:
-    """Add the gradients of the warp that all programs left, in a fixed order."""
-    D = dwarp.shape[-1]
-    fillers = B * H * plan.chunks
-    total = dwarp[:fillers].view(-1, H, D, D).sum(0)
-    return total if plan.whole else total + dwarp[fillers:].view(-1, H, D, D).sum(0)
+            parts = q.new_empty(heads * plan.chunks, E, F, dtype=torch.float32)
+            lifts = q.new_empty(heads * ((plan.chunks + 1) * F + 1), dtype=torch.float32)
+            dslots = v.new_empty(heads, F, E)
+        flags = lowered(q, 0 if plan.whole else heads)
+        launch(q, k, v, keep, do, dq, dk, dv, slots, stats, parts, lifts, dslots, flags)
+        return None
 
 
 class _Attend(torch.autograd.Function):
@@ -252,15 +241,20 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, shift: Tensor | None, keep: Tensor | None, features: FeatureMap
     ) -> Tensor:
         o, slots, stats = _launch_forward(q, k, v, keep, features, True)
-        ctx.save_for_backward(q, k, v, shift, keep, features.draws, features.bank, slots, stats)
+        ctx.save_for_backward(q, k, v, shift, keep, features.draws, features.bank, _needed(o, features), slots, stats)
         ctx.features = features._replace(draws=None, bank=None, shift=None)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, k, v, shift, keep, draws, bank, slots, stats = ctx.saved_tensors
+        q, k, v, shift, keep, draws, bank, o, slots, stats = ctx.saved_tensors
         features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
-        return *_gradients(q, k, v, keep, features, do, slots, stats), None, None
+        return *_gradients(q, k, v, keep, features, o, do, slots, stats), None, None
+
+
+def _needed(o: Tensor, features: FeatureMap) -> Tensor | None:
+    """Return the output if gradients need it: those of projected maps do."""
+    return None if features.draws is None else o
 
 
 @full_precision
@@ -270,6 +264,7 @@ def _gradients(
     v: Tensor,
     keep: Tensor | None,
     features: FeatureMap,
+    o: Tensor | None,
     do: Tensor,
     slots: Tensor,
     stats: Tensor,
@@ -279,9 +274,9 @@ def _gradients(
         return tuple(_eager_gradients(q, k, v, keep, do, features))
     dq, dk, dv = gradients_like(q, k, v)
     if plain(q, k, v, do):
-        dshift = _launch_backward(q, k, v, keep, features, do, slots, stats, dq, dk, dv)
+        dshift = _launch_backward(q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)
     else:
-        dshift = _backward(q, k, v, keep, do, slots, stats, *features, dq, dk, dv)
+        dshift = _backward(q, k, v, keep, o, do, slots, stats, *features, dq, dk, dv)
     return dq, dk, dv, None if features.shift is None or dshift is None else dshift.to(features.shift.dtype)
 
 
@@ -323,8 +318,7 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not rest[-1]:
         return output_like(v), v.new_empty(0), q.new_empty(0)
-    F, _, E = _padded(FeatureMap(kind, draws, bank), q, v)
-    return output_like(v), *_state(q, v, q.shape[0] * q.shape[1], F, E, True)
+    return output_like(v), *_state(q, v, FeatureMap(kind, draws, bank), True)
 
 
 @torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
@@ -333,6 +327,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     keep: Tensor | None,
+    o: Tensor | None,
     do: Tensor,
     slots: Tensor,
     stats: Tensor,
@@ -348,28 +343,29 @@ def _backward(
     dv: Tensor,
 ) -> Tensor:
     features = FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
-    dshift = _launch_backward(q, k, v, keep, features, do, slots, stats, dq, dk, dv)
+    dshift = _launch_backward(q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)
     return stats.new_empty(0) if dshift is None else dshift
 
 
 @_backward.register_fake
 def _backward_shapes(*inputs: Any) -> Tensor:
-    stats, shift = inputs[6], inputs[10]
+    stats, shift = inputs[7], inputs[11]
     return stats.new_empty(0 if shift is None else shift.shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
-    ctx.save_for_backward(q, k, v, keep, draws, bank, shift, *output[1:])
+    o, *state = output
+    ctx.save_for_backward(q, k, v, keep, draws, bank, shift, None if draws is None else o, *state)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if do is None:
         return (None,) * 12
-    q, k, v, keep, draws, bank, shift, *state = ctx.saved_tensors
+    q, k, v, keep, draws, bank, shift, o, *state = ctx.saved_tensors
     features = FeatureMap(ctx.kind, draws, bank, shift, tuple(ctx.gains), tuple(ctx.priors), ctx.square)
-    dq, dk, dv, dshift = _gradients(q, k, v, keep, features, do, *state)
+    dq, dk, dv, dshift = _gradients(q, k, v, keep, features, o, do, *state)
     return dq, dk, dv, None, None, None, None, dshift, None, None, None, None
 
 

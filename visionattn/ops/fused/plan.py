@@ -19,6 +19,8 @@ class Plan(NamedTuple):
         query_block: queries of a step of the forward pass.
         warps: of a program.
         stages: of the software pipeline.
+        unit: features of a projected map that a program gathers.
+        tile: features of a projected map of a step, where tokens are answered.
     """
 
     chunks: int
@@ -27,6 +29,8 @@ class Plan(NamedTuple):
     query_block: int
     warps: int
     stages: int
+    unit: int = 64
+    tile: int = 64
 
     @property
     def whole(self) -> bool:
@@ -72,6 +76,20 @@ def plan_backward(tokens: int, heads: int, features: int, width: int, half: bool
     return Plan(chunks, 2 * chunks, 64, 64, 4 if width <= 64 else 8, 3 if width <= 64 else 2)
 
 
+def plan_projected(tokens: int, heads: int, features: int, width: int) -> Plan:
+    """Choose for the kernels of projected maps, forward: ``block`` is that of keys, a program of which has one unit."""
+    chunks, readers = _parts(tokens, heads, 4)
+    unit, tile = min(features, 128), min(features, 64)
+    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile)
+
+
+def plan_projected_backward(tokens: int, heads: int, features: int, width: int) -> Plan:
+    """Choose likewise, backward: ``query_block`` is that of programs with a unit, ``block`` that of all others."""
+    chunks, readers = _parts(tokens, heads, 2)
+    unit, tile = min(features, 128), min(features, 64)
+    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile)
+
+
 def plan_moments(tokens: int, heads: int, width: int, half: bool) -> Plan:
     """Choose for the kernels of moments, forward."""
     chunks = _chunks(tokens, heads, 2048)
@@ -91,3 +109,10 @@ def _chunks(tokens: int, heads: int, whole: int) -> int:
     if tokens <= 512 or (tokens <= whole and 2 * heads >= SLOTS):
         return 1
     return max(-(-tokens // 1024), min(-(-SLOTS // heads), -(-tokens // 256)))
+
+
+def _parts(tokens: int, heads: int, least: int) -> tuple[int, int]:
+    """Return chunks of up to 2,048 tokens and readers of up to 512, more of them where heads are few."""
+    blocks = -(-tokens // 64)
+    chunks = max(-(-tokens // 2048), min(-(-SLOTS // heads), -(-blocks // least)))
+    return chunks, max(-(-tokens // 512), min(-(-2 * SLOTS // heads), -(-blocks // 2)))
