@@ -19,7 +19,6 @@ import triton.language as tl
 
 from visionattn.ops.fused.tiles import (
     arrive,
-    load_columns,
     load_mask,
     load_matrix,
     load_rows,
@@ -128,13 +127,16 @@ def _finely(x, matrix, P: tl.constexpr):
 @triton.jit
 def _seen_columns(x, bank, warp, warp_low, square, dtype: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr,
                   P: tl.constexpr):  # fmt: skip
-    """Return what features are made of for tokens (D, BLOCK): see :func:`_seen_rows`."""
+    """Return what features are made of for tokens (BLOCK, D), as columns: see :func:`_seen_rows`."""
+    columns = tl.trans(x)
     if WARPED:
-        x = tl.dot(warp_low, x, tl.dot(warp, x, input_precision=P), input_precision=P)
-    wide = x.to(tl.float32)
-    high = x.to(dtype)
-    low = (wide - high.to(tl.float32)).to(dtype)
-    size = tl.sum(wide * wide, 0)
+        columns = tl.dot(warp_low, columns, tl.dot(warp, columns, input_precision=P), input_precision=P)
+        size = tl.sum(columns * columns, 0)
+    else:
+        wide = x.to(tl.float32)
+        size = tl.sum(wide * wide, 1)
+    high = columns.to(dtype)
+    low = (columns.to(tl.float32) - high.to(tl.float32)).to(dtype)
     t_high, t_low = 0, 0
     if MAP == SPHERE:
         size = tl.rsqrt(size + EPSILON)
@@ -240,7 +242,7 @@ def _gather_block(
     MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take a block of keys and values into a unit's slots."""
-    x = load_columns(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE)
+    x = load_rows(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE)
     y = load_rows(v, at, stop, svn, svd, VALUE_WIDTH, BLOCK, E, EDGE)
     FINE: tl.constexpr = WARPED or x.dtype != y.dtype
     high, low, size, t_high, t_low = _seen_columns(x, bank, warp, warp_low, square, y.dtype, MAP, WARPED, P)
@@ -506,7 +508,7 @@ def _slot_block(
     MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Add what a block of queries gives to the gradients of a unit's slots, and to ``drop``, its weights of delta."""
-    x = load_columns(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, True)
+    x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, True)
     g = load_rows(do, at, stop, sgn, sgd, VALUE_WIDTH, BLOCK, E, True)
     n = at + tl.arange(0, BLOCK)
     lse = tl.load(lse_in + n, mask=n < stop, other=-NEVER)
@@ -591,7 +593,7 @@ def _key_block(
         if MAP == RANDOM:
             z -= size[:, None]
         top = tl.load(top_in + tile * TILE + tl.arange(0, TILE))
-        pull = tl.load(pull_in + tile * TILE + tl.arange(0, TILE)) / scale
+        pull = tl.load(pull_in + tile * TILE + tl.arange(0, TILE)) * (1 / scale)
         weights = tl.exp2(z - top[None, :])
         if MASKED:
             weights = tl.where(kept, weights, 0.0)
