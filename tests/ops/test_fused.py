@@ -13,12 +13,12 @@ from visionattn.attention import ATTENTION, Attention, LinearAttention
 from visionattn.errors import UnsupportedError
 from visionattn.ops import positive, switch
 from visionattn.ops.fused import FeatureMap, library, projected_library, softmax_features, yat_features
-from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward
+from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, plan_projected, plan_projected_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = 16
 SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2, unit=32, tile=16)
-WHOLE = SPLIT._replace(chunks=1, readers=1)
+WHOLE = SPLIT._replace(chunks=1, readers=1, hold=True)
 
 
 def random_map(warped: bool, width: int) -> FeatureMap:
@@ -103,6 +103,23 @@ def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, everything(x, features, False), strict=True))
     with torch.no_grad():
         assert torch.equal(library.attend(*x[:3], features), first[0])
+
+
+@pytest.mark.parametrize("name", ["performer", "dark", "slay"])
+def test_masked_keys_of_projected_maps(name: str) -> None:
+    features, (q, k, v, g) = made(name), inputs(40, torch.float32)
+    keep = torch.rand(2, 1, 40, 1, device=DEVICE) < 0.6
+    keep[0] = False  # a head without any key gets zeros
+    wanted = [q, k, v] + ([] if features.shift is None else [features.shift])
+    out = library.attend(q, k, v, features, keep)
+    found = torch.autograd.grad(out, wanted, g.detach())
+    double, map_in_double = in_double([q, k, v, g], features)
+    wanted = [*double[:3]] + ([] if features.shift is None else [map_in_double.shift])
+    truth = positive.linear(map_in_double.logs(double[0]), map_in_double.logs(double[1]), double[2], keep)
+    assert not out[0].any()
+    assert error(out.detach(), truth.detach()) < 1e-5
+    for fused, exact in zip(found, torch.autograd.grad(truth, wanted, double[3]), strict=True):
+        assert error(fused, exact) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["exp", "elu", "relu"])
@@ -218,3 +235,10 @@ def test_plans_depend_on_shapes_and_fit_all_of_them() -> None:
                     sizes = plan(tokens, heads, 64, 64, half)
                     assert sizes.chunks == 1 or sizes.chunks <= tokens // sizes.block  # no chunk is empty
                     assert plan(tokens, heads, 64, 64, half) == sizes
+    for projected in (plan_projected, plan_projected_backward):
+        for tokens in (1, 64, 196, 1000, 4096, 65536):
+            for heads in (1, 6, 384):
+                for features in (16, 64, 256):
+                    sizes = projected(tokens, heads, features, 64)
+                    assert max(sizes.chunks, sizes.readers) <= -(-tokens // max(sizes.block, sizes.query_block))
+                    assert features % sizes.unit == sizes.unit % sizes.tile == 0

@@ -21,6 +21,7 @@ class Plan(NamedTuple):
         stages: of the software pipeline.
         unit: features of a projected map that a program gathers.
         tile: features of a projected map of a step, where tokens are answered.
+        hold: whether all tiles of a projected map are held in shared memory; else each block of tokens loads them.
     """
 
     chunks: int
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     stages: int
     unit: int = 64
     tile: int = 64
+    hold: bool = False
 
     @property
     def whole(self) -> bool:
@@ -43,11 +45,16 @@ class Plan(NamedTuple):
 
 
 def smaller(plan: Plan) -> list[Plan]:
-    """Return a plan and what to try where a GPU has too little shared memory for it: fewer stages, then blocks."""
+    """Return a plan and what to try where a GPU has too little shared memory for it.
+
+    That is fewer stages, then tiles that are not held, and with them and beyond them smaller blocks.
+    """
     plans = [plan]
-    while plan.stages > 1 or max(plan.block, plan.query_block) > 16:
+    while plan.stages > 1 or plan.hold or max(plan.block, plan.query_block) > 16:
         if plan.stages > 1:
             plan = plan._replace(stages=plan.stages - 1)
+        elif plan.hold:
+            plan = plan._replace(hold=False, block=min(32, plan.block), query_block=min(32, plan.query_block))
         else:
             plan = plan._replace(block=max(16, plan.block // 2), query_block=max(16, plan.query_block // 2))
         plans.append(plan)
@@ -78,16 +85,16 @@ def plan_backward(tokens: int, heads: int, features: int, width: int, half: bool
 
 def plan_projected(tokens: int, heads: int, features: int, width: int) -> Plan:
     """Choose for the kernels of projected maps, forward: ``block`` is that of keys, a program of which has one unit."""
-    chunks, readers = _parts(tokens, heads, 4)
     unit, tile = min(features, 128), min(features, 64)
-    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile)
+    chunks, readers = _parts(tokens, heads, features // unit, 4)
+    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile, True)
 
 
 def plan_projected_backward(tokens: int, heads: int, features: int, width: int) -> Plan:
     """Choose likewise, backward: ``query_block`` is that of programs with a unit, ``block`` that of all others."""
-    chunks, readers = _parts(tokens, heads, 2)
     unit, tile = min(features, 128), min(features, 64)
-    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile)
+    chunks, readers = _parts(tokens, heads, features // unit, 2)
+    return Plan(chunks, readers, 64, 64, 4 if width <= 64 else 8, 2, unit, tile, True)
 
 
 def plan_moments(tokens: int, heads: int, width: int, half: bool) -> Plan:
@@ -111,8 +118,8 @@ def _chunks(tokens: int, heads: int, whole: int) -> int:
     return max(-(-tokens // 1024), min(-(-SLOTS // heads), -(-tokens // 256)))
 
 
-def _parts(tokens: int, heads: int, least: int) -> tuple[int, int]:
-    """Return chunks of up to 2,048 tokens and readers of up to 512, more of them where heads are few."""
+def _parts(tokens: int, heads: int, units: int, least: int) -> tuple[int, int]:
+    """Return chunks of up to 4,096 tokens and readers of up to 512, more of them where heads are few."""
     blocks = -(-tokens // 64)
-    chunks = max(-(-tokens // 2048), min(-(-SLOTS // heads), -(-blocks // least)))
+    chunks = max(-(-tokens // 4096), min(-(-SLOTS // (heads * units)), -(-blocks // least)))
     return chunks, max(-(-tokens // 512), min(-(-2 * SLOTS // heads), -(-blocks // 2)))

@@ -81,19 +81,54 @@ def _load_slots(slots_in, head, first, F: tl.constexpr, E: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def _held(
-    draws_in, slots_in, h, head, heads, draws_each, banks, dtype: tl.constexpr, FEATURES: tl.constexpr,
-    WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr, TILE: tl.constexpr,
-    MAP: tl.constexpr,
+def _load_tile(
+    draws_in, slots_in, scales, scale, h, head, heads, draws_each, banks, tile, dtype: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BANKS: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Load all tiles of draws (TILE, D), spreads (TILE, BANKS) and slots (TILE, E), to be held in shared memory."""
-    draws, spreads, slots = (), (), ()
-    for tile in tl.static_range(F // TILE):
-        some, spread = _load_draws(draws_in, h, heads, draws_each, banks, tile * TILE, dtype, FEATURES, WIDTH, TILE, D,
-                                   BANKS, MAP)  # fmt: skip
-        draws, spreads = draws + (some,), spreads + (spread,)
-        slots = slots + (_load_slots(slots_in, head, tile * TILE, F, E, TILE).to(dtype),)
-    return draws, spreads, slots
+    """Load a tile of draws, (TILE, D), of anchors, (TILE, BANKS), and of slots, (TILE, E).
+
+    SCALED: slots of a unit are over its scale, of ``scales``, and are brought to ``scale``, the largest of a head. All
+    scales are powers of two.
+    """
+    draws, spread = _load_draws(draws_in, h, heads, draws_each, banks, tile * TILE, dtype, FEATURES, WIDTH, TILE, D,
+                                BANKS, MAP)  # fmt: skip
+    slots = _load_slots(slots_in, head, tile * TILE, F, E, TILE)
+    if SCALED:
+        slots = slots.to(tl.float32) * (tl.load(scales + tile * TILE) / scale)
+    return draws, spread, slots.to(dtype)
+
+
+@triton.jit
+def _held(
+    draws_in, slots_in, scales, scale, h, head, heads, draws_each, banks, dtype: tl.constexpr, FEATURES: tl.constexpr,
+    WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr, TILE: tl.constexpr,
+    MAP: tl.constexpr, SCALED: tl.constexpr, HOLD: tl.constexpr,
+):  # fmt: skip
+    """Load all tiles, to be held in shared memory for all tokens; none unless HOLD."""
+    tiles = ()
+    if HOLD:
+        for tile in tl.static_range(F // TILE):
+            one = _load_tile(draws_in, slots_in, scales, scale, h, head, heads, draws_each, banks, tile, dtype,
+                             FEATURES, WIDTH, F, D, E, BANKS, TILE, MAP, SCALED)  # fmt: skip
+            tiles = tiles + (one,)
+    return tiles
+
+
+@triton.jit
+def _tile_of(
+    tiles, draws_in, slots_in, scales, scale, h, head, heads, draws_each, banks, tile: tl.constexpr,
+    dtype: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BANKS: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, SCALED: tl.constexpr,
+    HOLD: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of those held, or load it."""
+    if HOLD:
+        draws, spread, slots = tiles[tile]
+    else:
+        draws, spread, slots = _load_tile(draws_in, slots_in, scales, scale, h, head, heads, draws_each, banks, tile,
+                                          dtype, FEATURES, WIDTH, F, D, E, BANKS, TILE, MAP, SCALED)  # fmt: skip
+    return draws, spread, slots
 
 
 @triton.jit
@@ -322,29 +357,31 @@ def _wait_for_units(flags, head, count, units, readers):
 
 @triton.jit
 def _answer_block(
-    q, o, lse_out, at, stop, sqn, sqd, son, level_in, draws, spreads, slots, bank, warp, warp_low, gains, square,
-    draws_each, banks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, SAVE: tl.constexpr,
-    P: tl.constexpr,
+    q, o, lse_out, at, stop, sqn, sqd, son, level_in, tiles, draws_in, slots_in, bank, warp, warp_low, gains, square,
+    h, head, heads, draws_each, banks, dtype: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr,
+    WARPED: tl.constexpr, SAVE: tl.constexpr, HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Read the slots by a block of queries."""
     x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, True)
-    dtype: tl.constexpr = slots[0].dtype
     FINE: tl.constexpr = WARPED or x.dtype != dtype
     _, high, low, size, _, t_high, t_low = _seen_rows(x, bank, warp, warp_low, square, dtype, MAP, WARPED, P)
     top = tl.full([BLOCK], NEVER, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK, E], tl.float32)
     for tile in tl.static_range(F // TILE):
+        draws, spread, slots = _tile_of(
+            tiles, draws_in, slots_in, 0, 0, h, head, heads, draws_each, banks, tile, dtype, FEATURES, WIDTH, F, D, E,
+            BANKS, TILE, MAP, False, HOLD)  # fmt: skip
         gain = _gain(gains, tile * TILE, draws_each, banks, TILE, MAP)
-        z = _row_logs(high, low, size, t_high, t_low, draws[tile], spreads[tile], gain, MAP, FINE, P)
+        z = _row_logs(high, low, size, t_high, t_low, draws, spread, gain, MAP, FINE, P)
         z += tl.load(level_in + tile * TILE + tl.arange(0, TILE))[None, :]
         above = tl.maximum(top, tl.max(z, 1))
         weights = tl.exp2(z - above[:, None])
         fade = tl.exp2(top - above)
         mass = mass * fade + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(dtype), slots[tile], mixed * fade[:, None], input_precision=P)
+        mixed = tl.dot(weights.to(dtype), slots, mixed * fade[:, None], input_precision=P)
         top = above
     store_rows(o, mixed * (1 / mass)[:, None], at, stop, son, VALUE_WIDTH, BLOCK, E, True)
     if SAVE:
@@ -412,7 +449,8 @@ def _answer(
     dtype: tl.constexpr,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, SAVE: tl.constexpr, HOLD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Read the slots by a chunk of queries."""
     head, part = place(item, heads, readers)
@@ -424,12 +462,13 @@ def _answer(
     lse = stats + 3 * count * F + head.to(tl.int64) * tokens
     bank, warp, warp_low = _common(bank_in, shift_in, h, banks, dtype, WIDTH, D, BANKS, MAP, WARPED)
     _wait_for_units(flags, head, count, F // UNIT, readers)
-    draws, spreads, slots = _held(draws_in, slots_in, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH,
-                                  F, D, E, BANKS, TILE, MAP)  # fmt: skip
+    tiles = _held(draws_in, slots_in, 0, 0, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, F, D, E, BANKS,
+                  TILE, MAP, False, HOLD)  # fmt: skip
     for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
         _answer_block(
-            q, o, lse, at, stop, sqn, sqd, son, level, draws, spreads, slots, bank, warp, warp_low, gains, square,
-            draws_each, banks, WIDTH, VALUE_WIDTH, F, D, E, BLOCK, TILE, MAP, WARPED, SAVE, P)  # fmt: skip
+            q, o, lse, at, stop, sqn, sqd, son, level, tiles, draws_in, slots_in, bank, warp, warp_low, gains, square,
+            h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS, BLOCK, TILE, MAP,
+            WARPED, SAVE, HOLD, P)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "chunks", "readers"])
@@ -442,7 +481,7 @@ def forward(
     F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr,
     BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, ALONE: tl.constexpr, SAVE: tl.constexpr,
-    P: tl.constexpr,
+    HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Attend. Grid: (count (units chunks + readers),) for the heads of all images; ALONE: there is one chunk."""
     item = tl.program_id(0)
@@ -458,16 +497,16 @@ def forward(
             item - fillers, q, draws_in, bank_in, shift_in, o, slots_out, stats, flags,
             gains, square, draws_each, banks, sqb, sqh, sqn, sqd, sob, soh, son, heads, tokens, count, readers,
             v.dtype.element_ty, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS, QUERY_BLOCK, UNIT, TILE, STAGES,
-            MAP, WARPED, SAVE, P)  # fmt: skip
+            MAP, WARPED, SAVE, HOLD, P)  # fmt: skip
 
 
 @triton.jit
 def _query_block(
-    q, o, do, dq, lse_in, delta_out, at, stop, sqn, sqd, son, sgn, sgd, sdn, level_in, dwarp, draws, spreads, slots,
-    bank, warp, warp_low, gains, square, draws_each, banks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr,
-    P: tl.constexpr,
+    q, o, do, dq, lse_in, delta_out, at, stop, sqn, sqd, son, sgn, sgd, sdn, level_in, dwarp, tiles, draws_in,
+    slots_in, bank, warp, warp_low, gains, square, h, head, heads, draws_each, banks, dtype: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr,
+    WARPED: tl.constexpr, HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a block of queries, and the products of their outputs with the outputs' gradients.
 
@@ -480,19 +519,21 @@ def _query_block(
     delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
     tl.store(delta_out + n, delta, mask=n < stop)
     lse = tl.load(lse_in + n, mask=n < stop, other=-NEVER)
-    dtype: tl.constexpr = slots[0].dtype
     FINE: tl.constexpr = WARPED or x.dtype != dtype
     wide, high, low, size, t, t_high, t_low = _seen_rows(x, bank, warp, warp_low, square, dtype, MAP, WARPED, P)
     dx = tl.zeros([BLOCK, D], tl.float32)
     dt = tl.zeros([BLOCK, BANKS], tl.float32)
     for tile in tl.static_range(F // TILE):
+        draws, spread, slots = _tile_of(
+            tiles, draws_in, slots_in, 0, 0, h, head, heads, draws_each, banks, tile, dtype, FEATURES, WIDTH, F, D, E,
+            BANKS, TILE, MAP, False, HOLD)  # fmt: skip
         gain = _gain(gains, tile * TILE, draws_each, banks, TILE, MAP)
-        z = _row_logs(high, low, size, t_high, t_low, draws[tile], spreads[tile], gain, MAP, FINE, P)
+        z = _row_logs(high, low, size, t_high, t_low, draws, spread, gain, MAP, FINE, P)
         level = tl.load(level_in + tile * TILE + tl.arange(0, TILE))
         weights = tl.exp2(z + level[None, :] - lse[:, None])
-        dweights = tl.dot(g, tl.trans(slots[tile]), input_precision=P)
+        dweights = tl.dot(g, tl.trans(slots), input_precision=P)
         dz = weights * (dweights - delta[:, None])
-        dx, dt = _add_gradient(dz, dx, dt, draws[tile], spreads[tile], gain, MAP, P)
+        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, P)
     if MAP == RANDOM:
         dx = dx * (gains[0] / LOG2E)
     dx, dwarp = _input_gradient(x, wide, size, t, dx, dt, bank, warp, warp_low, gains, dwarp, MAP, WARPED, P)
@@ -556,22 +597,12 @@ def _scale_of(scales, F: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _to_one_scale(dslots, scales, scale, F: tl.constexpr, TILE: tl.constexpr):
-    """Bring the gradients of all units' slots to one scale; all scales are powers of two."""
-    brought = ()
-    for tile in tl.static_range(F // TILE):
-        factor = tl.load(scales + tile * TILE) / scale
-        brought = brought + ((dslots[tile].to(tl.float32) * factor).to(dslots[tile].dtype),)
-    return brought
-
-
-@triton.jit
 def _key_block(
-    k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, top_in, pull_in, scale, dwarp, draws, spreads,
-    dslots, bank, warp, warp_low, gains, square, draws_each, banks,
-    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr,
-    MASKED: tl.constexpr, P: tl.constexpr,
+    k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, top_in, pull_in, scales, scale, dwarp, tiles,
+    draws_in, dslots_in, bank, warp, warp_low, gains, square, h, head, heads, draws_each, banks, dtype: tl.constexpr,
+    FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr,
+    WARPED: tl.constexpr, MASKED: tl.constexpr, HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a block of keys and values."""
     x = load_rows(k, at, stop, skn, skd, WIDTH, BLOCK, D, True)
@@ -588,8 +619,11 @@ def _key_block(
     dt = tl.zeros([BLOCK, BANKS], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for tile in tl.static_range(F // TILE):
+        draws, spread, dslots = _tile_of(
+            tiles, draws_in, dslots_in, scales, scale, h, head, heads, draws_each, banks, tile, dtype, FEATURES, WIDTH,
+            F, D, E, BANKS, TILE, MAP, True, HOLD)  # fmt: skip
         gain = _gain(gains, tile * TILE, draws_each, banks, TILE, MAP)
-        z = _row_logs(high, low, size, t_high, t_low, draws[tile], spreads[tile], gain, MAP, FINE, P)
+        z = _row_logs(high, low, size, t_high, t_low, draws, spread, gain, MAP, FINE, P)
         if MAP == RANDOM:
             z -= size[:, None]
         top = tl.load(top_in + tile * TILE + tl.arange(0, TILE))
@@ -597,10 +631,10 @@ def _key_block(
         weights = tl.exp2(z - top[None, :])
         if MASKED:
             weights = tl.where(kept, weights, 0.0)
-        dy = tl.dot(weights.to(y.dtype), dslots[tile], dy, input_precision=P)
-        dweights = tl.dot(y, tl.trans(dslots[tile]), input_precision=P)
+        dy = tl.dot(weights.to(y.dtype), dslots, dy, input_precision=P)
+        dweights = tl.dot(y, tl.trans(dslots), input_precision=P)
         dz = weights * (dweights - pull[None, :])
-        dx, dt = _add_gradient(dz, dx, dt, draws[tile], spreads[tile], gain, MAP, P)
+        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, P)
         if MAP == RANDOM:
             total += tl.sum(dz, 1)
     store_rows(dv, dy * scale, at, stop, sen, VALUE_WIDTH, BLOCK, E, True)
@@ -637,7 +671,7 @@ def _queries(
     heads, tokens, count, readers, dtype: tl.constexpr,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr,
+    MAP: tl.constexpr, WARPED: tl.constexpr, HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a chunk of queries."""
     head, part = place(item, heads, readers)
@@ -651,14 +685,14 @@ def _queries(
     lse = stats + 3 * count * F + head.to(tl.int64) * tokens
     deltas += head.to(tl.int64) * tokens
     bank, warp, warp_low = _common(bank_in, shift_in, h, banks, dtype, WIDTH, D, BANKS, MAP, WARPED)
-    draws, spreads, slots = _held(draws_in, slots_in, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, F, D,
-                                  E, BANKS, TILE, MAP)  # fmt: skip
+    tiles = _held(draws_in, slots_in, 0, 0, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, F, D, E, BANKS,
+                  TILE, MAP, False, HOLD)  # fmt: skip
     dwarp = _no_warp(D, WARPED)
     for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
         dwarp = _query_block(
-            q, o, do, dq, lse, deltas, at, stop, sqn, sqd, son, sgn, sgd, sdn, level, dwarp, draws, spreads, slots,
-            bank, warp, warp_low, gains, square, draws_each, banks, WIDTH, VALUE_WIDTH, F, D, E, BANKS, BLOCK, TILE,
-            MAP, WARPED, P)  # fmt: skip
+            q, o, do, dq, lse, deltas, at, stop, sqn, sqd, son, sgn, sgd, sdn, level, dwarp, tiles, draws_in, slots_in,
+            bank, warp, warp_low, gains, square, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, VALUE_WIDTH,
+            F, D, E, BANKS, BLOCK, TILE, MAP, WARPED, HOLD, P)  # fmt: skip
     if WARPED:
         _store_square(dwarp_out, item, dwarp, WIDTH, D)
     arrive(flags + 2 * count + head)
@@ -718,7 +752,8 @@ def _keys(
     sdb, sdh, sdn, seb, seh, sen, heads, tokens, count, readers,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, HOLD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a chunk of keys and values."""
     dtype: tl.constexpr = v.dtype.element_ty
@@ -734,16 +769,16 @@ def _keys(
     scales = pulls + count * F + head * F
     bank, warp, warp_low = _common(bank_in, shift_in, h, banks, dtype, WIDTH, D, BANKS, MAP, WARPED)
     _wait_for_units(flags, head, count, F // UNIT, readers)
-    draws, spreads, rounded = _held(draws_in, dslots_in, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, F,
-                                    D, E, BANKS, TILE, MAP)  # fmt: skip
     scale = _scale_of(scales, F, TILE)
-    dslots = _to_one_scale(rounded, scales, scale, F, TILE)
+    tiles = _held(draws_in, dslots_in, scales, scale, h, head, heads, draws_each, banks, dtype, FEATURES, WIDTH, F, D,
+                  E, BANKS, TILE, MAP, True, HOLD)  # fmt: skip
     dwarp = _no_warp(D, WARPED)
     for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
         dwarp = _key_block(
-            k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, stats + head * F, pulls + head * F, scale,
-            dwarp, draws, spreads, dslots, bank, warp, warp_low, gains, square, draws_each, banks, WIDTH, VALUE_WIDTH,
-            F, D, E, BANKS, BLOCK, TILE, MAP, WARPED, MASKED, P)  # fmt: skip
+            k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, stats + head * F, pulls + head * F, scales,
+            scale, dwarp, tiles, draws_in, dslots_in, bank, warp, warp_low, gains, square, h, head, heads, draws_each,
+            banks, dtype, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS, BLOCK, TILE, MAP, WARPED, MASKED, HOLD,
+            P)  # fmt: skip
     if WARPED:
         _store_square(dwarp_out, count * readers + item, dwarp, WIDTH, D)
 
@@ -759,7 +794,8 @@ def backward(
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, HOLD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Take gradients. Grid: (count (units chunks + 2 readers),): chunks of queries, units, chunks of keys."""
     item = tl.program_id(0)
@@ -770,7 +806,7 @@ def backward(
             item, q, draws_in, bank_in, shift_in, o, do, dq, dwarp_out, slots_in, stats, pulls + 2 * count * F, flags,
             gains, square, draws_each, banks, sqb, sqh, sqn, sqd, sob, soh, son, sgb, sgh, sgn, sgd, sdb, sdh, sdn,
             heads, tokens, count, readers, v.dtype.element_ty, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS, BLOCK,
-            TILE, STAGES, MAP, WARPED, P)  # fmt: skip
+            TILE, STAGES, MAP, WARPED, HOLD, P)  # fmt: skip
     elif item < chunk_items + unit_items:
         _units(
             item - chunk_items, q, draws_in, bank_in, shift_in, do, slots_in, stats, parts, lifts, dslots_out, flags,
@@ -782,4 +818,4 @@ def backward(
             item - chunk_items - unit_items, k, v, keep, draws_in, bank_in, shift_in, dk, dv, dwarp_out, stats, pulls,
             dslots_out, flags, gains, square, draws_each, banks, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
             sdb, sdh, sdn, seb, seh, sen, heads, tokens, count, readers, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS,
-            BLOCK, UNIT, TILE, STAGES, MAP, WARPED, MASKED, P)  # fmt: skip
+            BLOCK, UNIT, TILE, STAGES, MAP, WARPED, MASKED, HOLD, P)  # fmt: skip

@@ -59,7 +59,7 @@ def _prepared_forward(sizes: Sizes) -> Prepared:
             *(_scaled(gains), _scaled(priors), LOG2E * square, sizes.draws[2], sizes.banks),
             *(*strides, H, N, B * H, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.unit, plan.tile, plan.stages, KINDS[sizes.kind]),
-            *(warped, masked, plan.whole, save, "ieee"),
+            *(warped, masked, plan.whole, save, plan.hold, "ieee"),
         )
         options.append(Option((B * H * (F // plan.unit * plan.chunks + plan.readers),), arguments, plan.warps))
     return Prepared(Launch(kernels.forward, options), best, B * H, F, E)
@@ -79,7 +79,7 @@ def _prepared_backward(sizes: Sizes) -> Prepared:
             *(_scaled(gains), LOG2E * square, sizes.draws[2], sizes.banks),
             *(*strides, H, N, B * H, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.unit, plan.tile, plan.stages, KINDS[sizes.kind]),
-            *(warped, masked, "ieee"),
+            *(warped, masked, plan.hold, "ieee"),
         )
         options.append(Option((B * H * (F // plan.unit * plan.chunks + 2 * plan.readers),), arguments, plan.warps))
     return Prepared(Launch(kernels.backward, options), best, B * H, F, E)
