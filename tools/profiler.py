@@ -38,7 +38,8 @@ from visionattn.profiling import (
 from visionattn.profiling.entrants import FORMS, Form
 from visionattn.profiling.operations import MECHANISMS, TOKENS
 from visionattn.profiling.plots import draw_memory, draw_operations
-from visionattn.profiling.steps import DTYPES, DType, device_of
+from visionattn.profiling.runtimes import Arithmetic
+from visionattn.profiling.steps import AUTOCAST, DTYPES, DType, device_of
 from visionattn.profiling.tables import (
     engine_grid,
     fidelity_grids,
@@ -115,8 +116,11 @@ def model(
         list[str] | None, typer.Option(help=f"of weights; repeatable; of {', '.join(RUNTIMES)}; all if left out")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one, if left out")] = "",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16: of torch on a GPU")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help=f"fp32, fp16, bf16 or {AUTOCAST} (weights stay in fp32): of torch on a GPU")
+    ] = "fp32",
     train: Annotated[bool, typer.Option("--train", help="time a training step of models of timm, too")] = False,
+    train_compiled: Annotated[bool, typer.Option("--train-compiled", help="and one of the compiled model")] = False,
     rounds: Annotated[int, typer.Option(help="timings of each")] = 60,
     threads: Annotated[int, typer.Option(help="of the CPU; one a core if left out")] = 0,
     calibrate: Annotated[str, typer.Option(help="data that int8 is calibrated by")] = "",
@@ -126,8 +130,11 @@ def model(
     """Latency and memory of models, in several runtimes in turns: the bare network, and from picture to result."""
     check_output(output)
     calibration = Calibration(calibration_images(calibrate, 32), tolerance=math.inf) if calibrate else None
-    conditions = Conditions(device_of(device), known_dtype(precision), threads, calibration, trust_weights)
-    sweep = Sweep(weights, attention or (), runtime or (), sizes_of(imgsz), batch or (1,), train, rounds)
+    arithmetic: Arithmetic = "bf16-autocast" if precision == AUTOCAST else known_dtype(precision)
+    conditions = Conditions(device_of(device), arithmetic, threads, calibration, trust_weights)
+    sweep = Sweep(
+        weights, attention or (), runtime or (), sizes_of(imgsz), batch or (1,), train, train_compiled, rounds
+    )
     report = measure_latency(sweep, conditions, journal(output))
     publish("Latency", report, latency_grids(report), output)
 
@@ -182,6 +189,7 @@ def ops(
     head_dim: Annotated[int, typer.Option(help="width of a head")] = 64,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
     features: Annotated[int, typer.Option(help="random features of performer and dark")] = 256,
+    causal: Annotated[bool, typer.Option("--causal", help="each token attends to itself and those before it")] = False,
     direction: Annotated[
         str, typer.Option(help="forward; or both: forward, forward and backward, and their difference")
     ] = "both",
@@ -202,7 +210,7 @@ def ops(
         direction == "both",
         *(total, batch, heads, head_dim),
         known_dtype(dtype),
-        *(features, device_of(device), rounds),
+        *(features, device_of(device), rounds, causal),
     )
     report = measure_operations(plan, journal(output))
     publish("Attention operations", report, operation_grids(report), output)

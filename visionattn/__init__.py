@@ -6,7 +6,7 @@ Importing the package registers every attention of :data:`visionattn.attention.A
 """
 
 from visionattn import backbones
-from visionattn.attention import ATTENTION, attention_layer, exact_kernel, whiten
+from visionattn.attention import ATTENTION, attention_layer, exact_kernel, explain, whiten
 from visionattn.blocks import HyperLinkBlock, MoEMlp, PreNormBlock, balance_loss, block_layer
 from visionattn.ops.switch import kernels
 
@@ -22,6 +22,7 @@ __all__ = [
     "balance_loss",
     "block_layer",
     "exact_kernel",
+    "explain",
     "kernels",
     "whiten",
 ]

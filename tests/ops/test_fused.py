@@ -14,6 +14,7 @@ from visionattn.errors import UnsupportedError
 from visionattn.ops import positive, switch
 from visionattn.ops.fused import FeatureMap, library, projected_library, softmax_features, yat_features
 from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, plan_projected, plan_projected_backward
+from visionattn.ops.packing import Projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = 16
@@ -66,7 +67,8 @@ def everything(x: list[Tensor], features: FeatureMap, eager: bool) -> list[Tenso
     """Output and gradients."""
     q, k, v, g = x
     wanted = [q, k, v] + ([] if features.shift is None else [features.shift])
-    out = positive.linear(features.logs(q), features.logs(k), v) if eager else library.attend(q, k, v, features)
+    inputs = Projection(q, q.shape[1], k, v)
+    out = positive.linear(features.logs(q), features.logs(k), v) if eager else library.attend(inputs, features)
     return [out.detach(), *torch.autograd.grad(out, wanted, g.detach())]
 
 
@@ -102,7 +104,7 @@ def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
     first = everything(x, features, False)
     assert all(torch.equal(a, b) for a, b in zip(first, everything(x, features, False), strict=True))
     with torch.no_grad():
-        assert torch.equal(library.attend(*x[:3], features), first[0])
+        assert torch.equal(library.attend(Projection(x[0], x[0].shape[1], *x[1:3]), features), first[0])
 
 
 @pytest.mark.parametrize("name", ["performer", "dark", "slay"])
@@ -111,7 +113,7 @@ def test_masked_keys_of_projected_maps(name: str) -> None:
     keep = torch.rand(2, 1, 40, 1, device=DEVICE) < 0.6
     keep[0] = False  # a head without any key gets zeros
     wanted = [q, k, v] + ([] if features.shift is None else [features.shift])
-    out = library.attend(q, k, v, features, keep)
+    out = library.attend(Projection(q, q.shape[1], k, v), features, keep)
     found = torch.autograd.grad(out, wanted, g.detach())
     double, map_in_double = in_double([q, k, v, g], features)
     wanted = [*double[:3]] + ([] if features.shift is None else [map_in_double.shift])
@@ -138,7 +140,7 @@ def test_long_vectors_and_lonely_features(name: str) -> None:
 def test_constant_values_come_back(name: str) -> None:
     q, k, v, _ = inputs(40, torch.float32)
     constant = torch.full_like(v, 3.25)
-    torch.testing.assert_close(library.attend(q, k, constant, made(name)), constant)
+    torch.testing.assert_close(library.attend(Projection(q, q.shape[1], k, constant), made(name)), constant)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -148,7 +150,9 @@ def test_second_derivative(name: str) -> None:
     def penalty(x: list[Tensor], features: FeatureMap, eager: bool) -> Tensor:
         q, k, v, _ = x
         logs = features.logs
-        out = positive.linear(logs(q), logs(k), v) if eager else library.attend(q, k, v, features)
+        out = (
+            positive.linear(logs(q), logs(k), v) if eager else library.attend(Projection(q, q.shape[1], k, v), features)
+        )
         (first,) = torch.autograd.grad(out.square().sum(), k, create_graph=True)
         return torch.autograd.grad(first.square().sum(), q)[0]
 
@@ -158,8 +162,17 @@ def test_second_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", ["exp", "dark", "slay"])
 def test_operators_are_registered_soundly(name: str) -> None:
     q, k, v, _ = inputs(20, torch.float16)
-    arguments = (q, k, v, None, *made(name), True)
-    torch.library.opcheck(library._forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    features = made(name)
+    for tensors in ((q, k, v), (torch.randn(2, 20, 96, device=DEVICE).half().requires_grad_(), None, None)):
+        arguments = (*tensors, 2, None, *features, True)
+        torch.library.opcheck(library._forward, arguments, test_utils=checks)
+        with torch.no_grad():
+            o, state = library._forward(*arguments)
+            output = None if features.draws is None else o
+            torch.library.opcheck(
+                library._backward, (*arguments[:-1], output, torch.ones_like(o), state), test_utils=checks[:2]
+            )
 
 
 @pytest.mark.parametrize("name", [n for n, cls in ATTENTION.items() if issubclass(cls, LinearAttention)])
@@ -192,7 +205,7 @@ def test_what_is_not_finite_stays_in_its_image() -> None:
 
 def test_gradient_of_queries_that_are_the_keys() -> None:
     q, _, v, g = inputs(40, torch.float32)
-    out = library.attend(q, q, v, FeatureMap("exp"))
+    out = library.attend(Projection(q, q.shape[1], q, v), FeatureMap("exp"))
     (plain,) = torch.autograd.grad(out, q, g.detach(), retain_graph=True)
     (differentiable,) = torch.autograd.grad(out, q, g.detach(), create_graph=True)
     torch.testing.assert_close(differentiable, plain, rtol=1e-4, atol=1e-5)
@@ -213,7 +226,7 @@ def test_forward_mode_takes_the_formula() -> None:
     [
         (lambda layer, x: layer(x.double()), "float64"),
         (
-            lambda layer, x: layer.fuse(*torch.randn(2, 1, 2, 9, 16, device=DEVICE), torch.randn(1, 1, 9, 16), None),
+            lambda layer, x: layer.fuse(Projection(x[:, None], 1, x[:, None], x[:, None, :9]), None),
             "values",
         ),
         (lambda layer, x: torch.export.export(layer, (x,)), "exported"),

@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 
 from visionattn.attention import ATTENTION, LinearAttention
 from visionattn.ops.fused import moments_library
-from visionattn.ops.fused.moments_library import KINDS, attend_moments
+from visionattn.ops.fused.moments_library import KINDS
 from visionattn.ops.fused.plan import Plan
+from visionattn.ops.packing import Projection
 from visionattn.ops.positive import explicit
 from visionattn.ops.switch import kernels
 
@@ -37,6 +38,10 @@ def use(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(moments_library, name, lambda *_: plan)
     moments_library._prepared_forward.cache_clear()
     moments_library._prepared_backward.cache_clear()
+
+
+def attend_moments(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    return moments_library.attend_moments(Projection(q, q.shape[1], k, v), kind)
 
 
 def explicitly(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
@@ -178,4 +183,11 @@ def test_the_operator_is_registered_soundly(kind: str) -> None:
     inputs, _ = drawn(20, 16, 24, torch.float32)
     x = [y.requires_grad_() for y in inputs]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.visionattn.moments.default, (*x, None, kind, True), test_utils=checks)
+    packed = torch.randn(2, 20, 96, device=DEVICE).requires_grad_()
+    for tensors in ((x[0], x[1], x[2], x[0].shape[1]), (packed, None, None, 2)):
+        arguments = (*tensors, None, kind, True)
+        torch.library.opcheck(moments_library._forward, arguments, test_utils=checks)
+        with torch.no_grad():
+            o, state = moments_library._forward(*arguments)
+            backward = *arguments[:-1], torch.ones_like(o), state
+            torch.library.opcheck(moments_library._backward, backward, test_utils=checks[:2])

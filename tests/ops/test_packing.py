@@ -1,34 +1,22 @@
-"""The gradient of a packed projection: put together right, and not copied where it lies together."""
+"""The packed projection, whole and taken apart."""
 
 import torch
 
-from visionattn.ops import packing
+from visionattn.ops.packing import Projection, views
 
 
-def mixed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return (q.sin() * k * v).sum()
+def test_parts_and_shapes_are_those_of_timms_layout() -> None:
+    x = torch.randn(2, 5, 36)
+    expected = x.reshape(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    packed = Projection(x, 3)
+    assert all(torch.equal(a, b) for a, b in zip(packed.parts(), expected, strict=True))
+    apart = Projection(expected[0], 3, expected[1], expected[2])
+    assert packed.shapes() == apart.shapes() == ((2, 3, 5, 4),) * 3
+    assert all(a is b for a, b in zip(apart.parts(), (apart.x, apart.k, apart.v), strict=True))
 
 
-def test_gradients_of_any_order() -> None:
-    x = torch.randn(2, 5, 36, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(mixed(*packing.views(x, 3)), x)
-    (found,) = torch.autograd.grad(mixed(*packing._Unpack.apply(x, 3)), x)
-    torch.testing.assert_close(found, expected)
-    assert torch.autograd.gradgradcheck(lambda x: mixed(*packing._Unpack.apply(x, 3)), x)
-
-
-def test_what_lies_together_is_not_copied() -> None:
-    parts = packing.packed_like(torch.randn(2, 3, 5, 4))
-    for part in parts:
-        part.copy_(torch.randn_like(part))
-    whole = packing._whole(parts)
-    assert whole is not None
-    assert whole.data_ptr() == parts[0].data_ptr()
-    assert all(torch.equal(a, b) for a, b in zip(packing.views(whole, 3), parts, strict=True))
-
-
-def test_what_lies_apart_or_in_another_order_is_no_projection() -> None:
-    q, k, v = packing.packed_like(torch.randn(2, 3, 5, 4))
-    assert packing._whole((q, v, k)) is None
-    assert packing._whole((q, k, v.clone())) is None
-    assert packing._whole((q, k.double(), v)) is None
+def test_parts_are_views() -> None:
+    x = torch.zeros(2, 5, 36)
+    for part, value in zip(views(x, 3), (1.0, 2.0, 3.0), strict=True):
+        part.fill_(value)
+    assert torch.equal(x[0, 0], torch.tensor([1.0] * 12 + [2.0] * 12 + [3.0] * 12))

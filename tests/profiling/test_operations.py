@@ -1,5 +1,6 @@
 """Operations are timed only if they are right, against floors that are those by hand."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from visionattn.attention.ela_hadamard import ElaHadamardAttention
 from visionattn.errors import ConfigError, UnknownNameError
 from visionattn.profiling import OperationsReport, Plan, measure_operations, operations
 from visionattn.profiling.clock import Milliseconds
-from visionattn.profiling.entrants import Shape, entrants, floor_work
+from visionattn.profiling.entrants import ExactSoftmax, Shape, entrants, floor_work
 from visionattn.profiling.judge import Judge, Verdict
 from visionattn.profiling.trials import Trial, difference
 
@@ -122,6 +123,33 @@ class Biased(torch.nn.Module):
         return self.module(x) * (1 + self.by)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_exact_softmax_is_that_of_pytorch_block_by_block(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visionattn.profiling.entrants.EXACT_BLOCK", 4)
+    x = torch.randn(2, 10, 72, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, 10, 24, dtype=torch.float64)
+    found, expected = (
+        (y, *torch.autograd.grad(y, x, g))
+        for y in (
+            ExactSoftmax(24, 3, projections=False)(x, is_causal=causal),
+            ATTENTION["softmax"](24, 3, projections=False)(x, is_causal=causal),
+        )
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_causal_forms_are_held_against_causal_truth() -> None:
+    rows = measure_operations(dataclasses.replace(TINY, causal=True)).rows
+    assert all(row.error is not None and row.error < 1e-6 for row in rows)
+    shape = dataclasses.replace(SHAPE, causal=True)
+    for entrant in entrants(shape, ["ela_hadamard"], ["eager"], 16):
+        x = torch.randn(2, 10, 72).bfloat16()
+        with entrant.within():
+            (whole,) = entrant.run("forward", x, x)
+            (part,) = entrant.run("forward", x[:, :5].contiguous(), x)
+        torch.testing.assert_close(whole[:, :5], part, rtol=1e-2, atol=1e-2)  # later tokens change nothing
+
+
 @pytest.mark.parametrize(
     ("by", "more", "reason"),
     [(0.0, 0.0, None), (0.02, 0.0, "times that of the eager"), (0.5, 0.0, "relative error"), (0, 1e-4, "other bits")],
@@ -147,8 +175,8 @@ def test_what_is_worse_than_eager_or_never_the_same(by: float, more: float, reas
 
 def test_backward_is_what_training_adds() -> None:
     whole, part = Milliseconds(median=5, p5=4, p95=7), Milliseconds(median=2, p5=1, p95=3)
-    found = difference(Trial(Verdict(0.5), None, whole), Trial(Verdict(0.1), None, part))
-    assert found.call == Milliseconds(median=3, p5=1, p95=6)
+    found = difference(Trial(Verdict(0.5), None, whole, whole), Trial(Verdict(0.1), None, part, part))
+    assert found.call == found.host == Milliseconds(median=3, p5=1, p95=6)
     assert found.verdict.error == 0.5
     drowned = difference(Trial(Verdict(), None, part), Trial(Verdict(), None, whole))
     assert (drowned.call, drowned.reason) == (None, "training took no longer than forward: noise")
@@ -166,7 +194,19 @@ def test_bad_plans() -> None:
 def test_the_command_writes_report_tables_and_picture(profiler: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "new" / "ops.json"
     small = ["--tokens", "16", "--tokens", "32", "--total", "32", "--heads", "2", "--head-dim", "8", "--rounds", "2"]
-    chosen = ["--mechanism", "relu", "--forms", "eager", "--dtype", "fp32", "--device", "cpu", "--direction", "forward"]
+    chosen = [
+        "--mechanism",
+        "relu",
+        "--forms",
+        "eager",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--direction",
+        "forward",
+        "--causal",
+    ]
     done = CliRunner().invoke(profiler.app, ["ops", *small, *chosen, "--output", str(output)])
     assert done.exit_code == 0, done.output
     content = json.loads(output.read_text())
@@ -175,6 +215,7 @@ def test_the_command_writes_report_tables_and_picture(profiler: ModuleType, tmp_
     report = OperationsReport.model_validate(content)
     assert [(row.tokens, row.batch) for row in report.rows[::3]] == [(16, 2), (32, 1)]
     assert {row.direction for row in report.rows} == {"forward"}
+    assert report.causal
     assert "| relu | eager |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in output.parent.iterdir()) == ["ops.json", "ops.md", "ops.png"]
@@ -197,6 +238,7 @@ def test_on_a_gpu_by_graph_and_by_call() -> None:
         assert row.reason is None
         assert row.graph is not None
         assert row.call is not None
+        assert row.host is not None
         assert row.peak_memory
 
 

@@ -3,6 +3,7 @@
 from visionattn.attention.base import Attention
 from visionattn.attention.dark import whiten
 from visionattn.attention.exact import exact_kernel
+from visionattn.attention.explanation import Explanation, explain
 from visionattn.attention.layer import attention_layer
 from visionattn.attention.linear import DistanceAttention, LinearAttention, PositiveAttention, SignedAttention
 from visionattn.attention.registry import ATTENTION
@@ -12,11 +13,13 @@ __all__ = [
     "ATTENTION",
     "Attention",
     "DistanceAttention",
+    "Explanation",
     "LinearAttention",
     "PositiveAttention",
     "SignedAttention",
     "attention_layer",
     "check_kernel",
     "exact_kernel",
+    "explain",
     "whiten",
 ]

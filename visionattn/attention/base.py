@@ -103,7 +103,12 @@ class Attention(nn.Module):
         Raises:
             UnsupportedError: the mechanism does not offer what is asked.
         """
-        q, k, v = self.project(x)
+        x = self.qkv(x)
+        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
+            packed = self.attend_packed(x, attn_mask)
+            if packed is not None:
+                return self.proj_drop(self.proj(self.norm(packed)))
+        q, k, v = self.split(x)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             mixed = self.attend(q, k, v, attn_mask, is_causal, grid)
         else:
@@ -176,9 +181,20 @@ class Attention(nn.Module):
         """Take one token's q, k, v of (B, H, 1, head_dim) into the state and return its mixed values beside it."""
         raise NotImplementedError
 
+    @torch.jit.unused
+    def attend_packed(self, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+        """Mix the values of a packed projection at once, (B, N, 3 dim) to (B, N, dim), or return None to take it apart.
+
+        Taking apart costs several operators, and one more copy in training.
+        """
+        return None
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of the tokens, each (B, H, N, head_dim)."""
-        x = self.qkv(x)
+        return self.split(self.qkv(x))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, H, N, head_dim), of a packed projection."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             q, k, v = views(x, self.num_heads)
         else:

@@ -10,6 +10,7 @@ from visionattn.attention.linear import PositiveAttention
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.ops import cosformer, relu, scan
 from visionattn.ops.fused import FeatureMap
+from visionattn.ops.packing import Projection
 
 
 class CosformerAttention(PositiveAttention):
@@ -30,6 +31,7 @@ class CosformerAttention(PositiveAttention):
     """
 
     positional = True
+    packed = False
 
     def __init__(
         self, dim: int, num_heads: int = 8, *args: Any, axes: int = 1, max_tokens: int = 0, **kwargs: Any
@@ -53,7 +55,7 @@ class CosformerAttention(PositiveAttention):
         positions = self.positions(q.shape[-2], grid, q.device)
         q, k = cosformer.log_features(q, positions), cosformer.log_features(k, positions)
         if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            mixed = self.fuse(q, k, v, key_mask(attn_mask))
+            mixed = self.fuse(Projection(q, self.num_heads, k, v), key_mask(attn_mask))
             if mixed is not None:
                 return mixed
         return self.run(q, k, v, key_mask(attn_mask), is_causal)

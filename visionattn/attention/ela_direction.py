@@ -4,6 +4,7 @@ from torch import Tensor
 
 from visionattn.attention.linear import SignedAttention
 from visionattn.ops import ela_direction, fused
+from visionattn.ops.packing import Projection
 
 
 class ElaDirectionAttention(SignedAttention):
@@ -19,8 +20,8 @@ class ElaDirectionAttention(SignedAttention):
     def keys(self, k: Tensor) -> Tensor:
         return ela_direction.key_features(k)
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
-        return fused.attend_with_moments(q, k, v, "direction", keep)
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_with_moments(inputs, "direction", keep)
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         return ela_direction.log_kernel(q, k)

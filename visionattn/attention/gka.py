@@ -22,7 +22,7 @@ class GaussianKernelAttention(Attention):
 
     Args:
         window: attend to tokens at most so many places away in the sequence; 0 for all. With a window, torch.export
-            takes one number of tokens, not any.
+            takes any number of tokens above it: ``torch.export.Dim("tokens", min=window + 1)``.
         **kwargs: as for :class:`~visionattn.attention.Attention`; ``qkv_bias`` is without effect.
 
     Raises:
@@ -60,7 +60,7 @@ class GaussianKernelAttention(Attention):
         """Return s of each head, (heads,), in float32 at least."""
         return widen(self.log_bandwidth).exp()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, _ = x.shape
         x = x.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return x, x, x

@@ -4,12 +4,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionattn.attention.base import Attention, key_mask
 from visionattn.errors import UnsupportedError
 from visionattn.ops import distance, fused, positive, scan, signed
 from visionattn.ops.fused import FeatureMap
+from visionattn.ops.packing import Projection
 from visionattn.ops.scan import Family
 
 
@@ -22,6 +23,9 @@ class LinearAttention(Attention):
     Raises:
         UnsupportedError: ``attn_drop`` is not 0, or forward is given another mask than a padding mask.
     """
+
+    packed = True
+    """Whether kernels take the packed projection as it is."""
 
     def __init__(self, dim: int, num_heads: int = 8, *args: Any, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, *args, **kwargs)
@@ -62,14 +66,24 @@ class LinearAttention(Attention):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
-            mixed = self.fuse(q, k, v, key_mask(attn_mask))
+            mixed = self.fuse(Projection(q, self.num_heads, k, v), key_mask(attn_mask))
             if mixed is not None:
                 return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
 
     @torch.jit.unused
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
-        """Attend over all tokens by a fused kernel, or return None where the eager formula is to be taken."""
+    def attend_packed(self, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+        whole = self.packed and fused.reaches(x) and self.local is None
+        if not whole or not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
+            return None
+        return self.fuse(Projection(x, self.num_heads), key_mask(attn_mask))
+
+    @torch.jit.unused
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
+        """Attend over all tokens by a fused kernel, or return None where the eager formula is to be taken.
+
+        The output is as the inputs: (B, H, N, head_dim) of queries, keys and values, (B, N, dim) of packed ones.
+        """
         return fused.refuse("there is none for this mechanism")
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -113,8 +127,8 @@ class PositiveAttention(LinearAttention):
         """Return the map as fused kernels know it, or None."""
         return None
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
-        return fused.attend_positive(q, k, v, self.fused_map(), keep)
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_positive(inputs, self.fused_map(), keep)
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return fused.attend_causally(q, k, v)
@@ -136,8 +150,8 @@ class DistanceAttention(LinearAttention):
     kind: str
     """Name of the fused kernel."""
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
-        return fused.attend_with_moments(q, k, v, self.kind, keep)
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
+        return fused.attend_with_moments(inputs, self.kind, keep)
 
     def queries(self, q: Tensor) -> Tensor:
         return q

@@ -13,6 +13,7 @@ from visionattn.errors import ConfigError, suggest
 from visionattn.ops import positive, signed, slay, yat
 from visionattn.ops.draws import gaussian
 from visionattn.ops.fused import attend_causally, attend_positive, yat_features
+from visionattn.ops.packing import Projection
 from visionattn.ops.scan import Family
 
 
@@ -115,9 +116,9 @@ class SlayAttention(RandomFeatures, LinearAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return positive.linear(q, k, v, keep) if self.positive else signed.linear(q, k, v, keep)
 
-    def fuse(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
+    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
         features = yat_features(self.draws, self.bank, self.scales, self.weights) if self.positive else None
-        return attend_positive(q, k, v, features, keep)
+        return attend_positive(inputs, features, keep)
 
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return attend_causally(q, k, v) if self.positive else super().fuse_causal(q, k, v)

@@ -45,31 +45,48 @@ def attend(
     middle = wide.mean(-2, keepdim=True).detach()
     queries, keys = (widen(q) - middle) * inverse, (wide - middle) * inverse
     bias = outcast(-keys.square().sum(-1, keepdim=True) / 2, keep, never())
-    # Fused kernels want one width for all, divisible by 8.
-    queries = torch.cat((F.pad(torch.ones_like(queries[..., :1]), [7, 0]), queries), -1)
-    keys = torch.cat((F.pad(bias, [7, 0]), keys), -1)
-    values = F.pad(wide, [8, 0])
     if window:
-        mixed = _windowed(queries, keys, values, window, is_causal, dropout)
+        mixed = _windowed(queries, keys, bias, wide, window, is_causal, dropout)
     else:
+        queries, keys = _beside(torch.ones_like(queries[..., :1]), queries), _beside(bias, keys)
+        values = F.pad(wide, [8, 0])
         mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=is_causal, scale=1.0)
     return mixed[..., 8:].to(x.dtype)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, is_causal: bool, dropout: float) -> Tensor:
-    """Blocks of ``window`` queries attend to their own block and to the ones before and after it."""
-    bias = F.pad(k[..., 7:8], [0, 0, window, 2 * window], value=never())
-    k, v = (F.pad(x, [0, 0, window, 2 * window]) for x in (k, v))
-    k = torch.cat((k[..., :7], bias, k[..., 8:]), -1)
-    k, v = (x.unfold(-2, 3 * window, window).transpose(-2, -1) for x in (k, v))
-    blocks = F.pad(q, [0, 0, 0, window]).unfold(-2, window, window).transpose(-2, -1)
+def _beside(channel: Tensor, x: Tensor) -> Tensor:
+    """Put one more channel before those of x; fused kernels want one width for all, divisible by 8."""
+    return torch.cat((F.pad(channel, [7, 0]), x), -1)
+
+
+def _windowed(q: Tensor, k: Tensor, bias: Tensor, v: Tensor, window: int, is_causal: bool, dropout: float) -> Tensor:
+    """Blocks of ``window`` tokens attend to the block before them, to their own and, if not causal, to the next.
+
+    The keys of a block are a view of the whole sequence, not a copy. A mask within a block keeps the window: of
+    the pairs computed two thirds count, or half if causal. PyTorch has no kernel for bands that runs on all devices and
+    in exported graphs, so masked softmax attention over blocks is the best there is.
+    """
+    tokens = q.shape[-2]
+    blocks = (tokens - 1) // window + 1
+    end = blocks * window - tokens
+    reach, after = (2 * window, end) if is_causal else (3 * window, end + window)
+    queries = _beside(F.pad(torch.ones_like(bias), [0, 0, 0, end]), F.pad(q, [0, 0, 0, end]))
+    keys = _beside(F.pad(bias, [0, 0, window, after], value=never()), F.pad(k, [0, 0, window, after]))
+    values = F.pad(v, [8, 0, window, after])
+    queries = queries.unfold(-2, window, window).transpose(-2, -1)
+    keys, values = (y.unfold(-2, reach, window).transpose(-2, -1) for y in (keys, values))
     rows = torch.arange(window, 2 * window, device=q.device).unsqueeze(-1)
-    columns = torch.arange(3 * window, device=q.device)
+    columns = torch.arange(reach, device=q.device)
     allowed = (columns - rows).abs() <= window
     if is_causal:
         allowed = allowed & (columns <= rows)
     mixed = F.scaled_dot_product_attention(
-        blocks.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=allowed, dropout_p=dropout, scale=1.0
+        queries.flatten(0, 1),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        attn_mask=allowed,
+        dropout_p=dropout,
+        scale=1.0,
     )
-    tokens = torch.arange(q.shape[-2], device=q.device)
-    return mixed.flatten(1, 2).index_select(1, tokens).reshape(q.shape[:-1] + v.shape[-1:])
+    places = torch.arange(tokens, device=q.device)  # a slice could not be exported for any number of tokens
+    return mixed.flatten(1, 2).index_select(1, places).reshape(q.shape[:-1] + values.shape[-1:])

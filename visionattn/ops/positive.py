@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionattn.ops.half import product
 from visionattn.ops.precision import never, outcast, widen
 
 
@@ -41,8 +42,8 @@ def linear(a: Tensor, b: Tensor, v: Tensor, keep: Tensor | None = None) -> Tenso
     mass = weights.mean(-2, keepdim=True)
     shares = weights / b.shape[-2] / mass
     log_mass = top + mass.log()
-    slots = shares.to(v.dtype).transpose(-2, -1) @ outcast(v, keep)
-    return (a + log_mass).softmax(-1).to(v.dtype) @ slots
+    slots = product(shares.transpose(-2, -1), outcast(v, keep), v.dtype)
+    return product((a + log_mass).softmax(-1), slots, v.dtype).to(v.dtype)
 
 
 def summarize(b: Tensor, v: Tensor, keep: Tensor | None) -> State:

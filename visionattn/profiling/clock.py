@@ -83,6 +83,33 @@ def time_in_turns(
     return [Milliseconds.of(of_one) for of_one in seconds]
 
 
+def host_time(
+    call: Callable[[int], Any], device: torch.device, rounds: int, in_a_row: int, within: Within
+) -> Milliseconds:
+    """Return the time that a call from Python keeps a thread, of many calls in a row that no one waits for.
+
+    It is what a training loop pays for a call while the GPU has enough to do: Python, PyTorch and the launches. If the
+    GPU's queue fills up, the thread waits, and it is the GPU's time.
+
+    Args:
+        call: given the number of the call, to rotate its inputs by.
+        device: a GPU.
+        rounds: how many timings.
+        in_a_row: calls of each.
+        within: makes the context that they are in; entering it is not timed.
+    """
+    seconds = []
+    for _ in range(WARM_UP + rounds):
+        with within():
+            torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            for number in range(in_a_row):
+                call(number)
+            seconds.append((time.perf_counter() - started) / in_a_row)
+    torch.cuda.synchronize(device)
+    return Milliseconds.of(seconds[WARM_UP:])
+
+
 class Graphed:
     """A call over K sets of inputs, captured as one CUDA graph: what the GPU does, without launches from Python.
 

@@ -6,19 +6,22 @@ Parameters are frozen: the gradient is that of the input.
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from visionattn.attention import ATTENTION, Attention, LinearAttention
 from visionattn.attention.features import RandomFeatures
 from visionattn.attention.slay import SlayAttention
+from visionattn.attention.softmax import SoftmaxAttention
 from visionattn.ops import switch
 from visionattn.profiling.clock import Within
 
@@ -35,13 +38,16 @@ BACKENDS = {
 }
 """Of ``scaled_dot_product_attention``."""
 
+EXACT_BLOCK = 2048
+"""Queries of softmax attention in float64 whose pairs with all keys are in memory at a time."""
+
 EXACT_ITEMS, EXACT_HEADS = 2, 2
 """Of a batch, how much is computed in float64: two items; where all pairs are formed, two heads of one item."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one operation: ``batch`` items B of ``tokens`` N, ``heads`` H of width ``head_dim`` D, of one type."""
+    """Of one operation: ``batch`` items B of ``tokens`` N, ``heads`` H of width ``head_dim`` D, of one type; causal?"""
 
     batch: int
     tokens: int
@@ -49,6 +55,7 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    causal: bool = False
 
     @property
     def dim(self) -> int:
@@ -72,6 +79,7 @@ class Entrant:
         exact: its twin in float64, of all heads or the first ones.
         call: what is timed, of a packed projection: the module, or what was compiled of it.
         within: the context that it is called in.
+        options: of the call beside its input.
     """
 
     mechanism: str
@@ -80,10 +88,11 @@ class Entrant:
     exact: Attention
     call: nn.Module
     within: Within
+    options: Mapping[str, bool] = field(default_factory=dict)
 
     def run(self, direction: Direction, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """Return the output; and, of training, the gradient of ``x`` for the gradient ``g`` of the output."""
-        out: Tensor = self.call(x)
+        out: Tensor = self.call(x, **self.options)
         if direction == "forward":
             return (out,)
         return out.detach(), *torch.autograd.grad(out, x, g)
@@ -100,7 +109,7 @@ class Entrant:
             one = slice(index, index + 1)
             own = apart(x.detach()[one], streams)[..., :width].double().flatten(-2).requires_grad_(training)
             with switch.kernels("eager"):
-                out: Tensor = self.exact(own)
+                out: Tensor = self.exact(own, **self.options)
             grads = torch.autograd.grad(out, own, g[one, :, :width].double()) if training else ()
             found.append((out.detach(), *(apart(grad, streams) for grad in grads)))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
@@ -120,17 +129,18 @@ def entrants(shape: Shape, mechanisms: Sequence[str], forms: Sequence[Form], fea
         forms: which.
         features: random features of those whose option it is to have many: performer and dark.
     """
+    options = {"is_causal": True} if shape.causal else {}
     softmax = _layer("softmax", shape, shape.heads, features)
     exact = _exact("softmax", softmax, shape, features)
     for name in BACKENDS if shape.device.type == "cuda" else ("flash", "math"):
-        yield Entrant("softmax", name, softmax, exact, softmax, partial(sdpa_kernel, BACKENDS[name]))
+        yield Entrant("softmax", name, softmax, exact, softmax, partial(sdpa_kernel, BACKENDS[name]), options)
     for mechanism in mechanisms:
         layer = _layer(mechanism, shape, shape.heads, features)
         exact = _exact(mechanism, layer, shape, features)
         for form in forms:
             call: Any = torch.compile(layer, fullgraph=True, dynamic=False) if form == "compiled" else layer
             within = partial(switch.kernels, "fused" if form == "fused" else "eager")
-            yield Entrant(mechanism, form, layer, exact, call, within)
+            yield Entrant(mechanism, form, layer, exact, call, within, options)
 
 
 def floor_work(layer: Attention, shape: Shape, direction: Direction) -> tuple[int, int]:
@@ -171,4 +181,29 @@ def _exact(mechanism: str, layer: Attention, shape: Shape, features: int) -> Att
     """Return the module in float64: its parameters are those that were rounded."""
     if not isinstance(layer, LinearAttention):
         layer = _layer(mechanism, shape, min(EXACT_HEADS, shape.heads), features)
+    if mechanism == "softmax":
+        return ExactSoftmax(layer.dim, layer.num_heads, projections=False)
     return copy.deepcopy(layer).double()
+
+
+class ExactSoftmax(SoftmaxAttention):
+    """Softmax attention by its formula, a block of queries at a time; PyTorch's in float64 forms all pairs at once."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        def block(start: int) -> Tensor:
+            logits = q[..., start : start + EXACT_BLOCK, :] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            if is_causal:
+                rows = torch.arange(start, start + logits.shape[-2], device=q.device).unsqueeze(-1)
+                logits = logits.masked_fill(torch.arange(k.shape[-2], device=q.device) > rows, -math.inf)
+            return logits.softmax(-1) @ v
+
+        starts = range(0, q.shape[-2], EXACT_BLOCK)
+        return torch.cat([checkpoint(block, start, use_reentrant=False) for start in starts], -2)

@@ -21,6 +21,7 @@ from visionattn.errors import ConfigError
 from visionattn.profiling.clock import Milliseconds, on, time_in_turns
 from visionattn.profiling.protocols import Keep, Number, Result, keep_nothing
 from visionattn.profiling.runtimes import (
+    COMPILED_TRAINING,
     TRAINING,
     Conditions,
     Subject,
@@ -39,7 +40,8 @@ class LatencyRow(Result):
         model: name or weights.
         parameters: how many; of a detector with batch normalisation folded. None of an exported file.
         runtime: see :data:`~visionattn.profiling.runtimes.RUNTIMES`; int8 has all convolutions and matrix products
-            quantised. ``torch-train`` is a step of training; of an exported file it is its format.
+            quantised. ``torch-train`` is a step of training, ``torch-train-compiled`` of the compiled model; of an
+            exported file it is its format.
         size: (H, W) of the input.
         batch: images of a batch.
         forward: the bare network.
@@ -91,6 +93,7 @@ class Sweep:
         sizes: (H, W) of the input; as trained or exported if empty.
         batches: images of a batch.
         train: time a step of training of models of timm, too.
+        train_compiled: and one of the compiled model.
         rounds: how many timings of each.
 
     Raises:
@@ -103,6 +106,7 @@ class Sweep:
     sizes: Sequence[tuple[int, int]] = ()
     batches: Sequence[int] = (1,)
     train: bool = False
+    train_compiled: bool = False
     rounds: int = 60
 
     def __post_init__(self) -> None:
@@ -111,6 +115,11 @@ class Sweep:
                 f"got {len(self.models)} models, {self.rounds} rounds, batches {list(self.batches)}; "
                 "expected 1 or more of each"
             )
+
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """What stands in the place of a runtime, of steps of training."""
+        return (TRAINING,) * self.train + (COMPILED_TRAINING,) * self.train_compiled
 
 
 @dataclass
@@ -141,28 +150,30 @@ def measure_latency(sweep: Sweep, conditions: Conditions, keep: Keep = keep_noth
     runtimes = known_runtimes(sweep.runtimes, conditions)
     attentions = sweep.attentions or [""]
     subjects = [open_subject(*pair, conditions) for pair in itertools.product(sweep.models, attentions)]
-    if sweep.train and not any(subject.trainable for subject in subjects):
+    if sweep.trainings and not any(subject.trainable for subject in subjects):
         raise ConfigError(f"--train is for classifiers of timm; got {', '.join(sweep.models)}: leave it out")
     config: Any = torch._dynamo.config
     rows, sizes = list[LatencyRow](), sweep.sizes or (None,)
     # Models of one class share the cache of their forward's compilations, which is made for a few.
     with config.patch(recompile_limit=256, accumulated_recompile_limit=2048), on(conditions.device):
         for size, batch in itertools.product(sizes, sweep.batches):
-            planned = list(_planned(subjects, runtimes, sweep.train))
+            planned = list(_planned(subjects, runtimes, sweep.trainings))
             rows += _measure(planned, size, batch, sweep.rounds, conditions)
             keep(rows)
             _forget(conditions.device)
     return LatencyReport(threads=torch.get_num_threads(), rounds=sweep.rounds, rows=rows)
 
 
-def _planned(subjects: Sequence[Subject], runtimes: Sequence[str], train: bool) -> Iterator[tuple[Subject, str]]:
+def _planned(
+    subjects: Sequence[Subject], runtimes: Sequence[str], trainings: Sequence[str]
+) -> Iterator[tuple[Subject, str]]:
     for subject in subjects:
         if subject.exported:
             yield subject, subject.runtime
             continue
         yield from ((subject, runtime) for runtime in runtimes)
-        if train and subject.trainable:
-            yield subject, TRAINING
+        if subject.trainable:
+            yield from ((subject, training) for training in trainings)
 
 
 def _measure(

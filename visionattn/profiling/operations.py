@@ -44,6 +44,7 @@ class Plan:
         features: random features of performer and dark.
         device: ``cuda`` or ``cpu``.
         rounds: timings of each.
+        causal: each token attends to itself and those before it.
     """
 
     mechanisms: Sequence[str] = MECHANISMS
@@ -58,11 +59,12 @@ class Plan:
     features: int = 256
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rounds: int = 60
+    causal: bool = False
 
     def shape(self, tokens: int) -> Shape:
         """Return the shape for N tokens."""
         batch = self.batch or max(1, self.total // tokens)
-        return Shape(batch, tokens, self.heads, self.head_dim, DTYPES[self.dtype], self.device)
+        return Shape(batch, tokens, self.heads, self.head_dim, DTYPES[self.dtype], self.device, self.causal)
 
 
 class OperationRow(Result):
@@ -80,6 +82,7 @@ class OperationRow(Result):
         bitwise: whether a second call gave the same bits.
         graph: time of a call within a CUDA graph; None without one.
         call: time of a call from Python.
+        host: time that a call keeps Python's thread, of many in a row that no one waits for; None on the CPU.
         peak_memory: bytes at most above the inputs; None on the CPU.
         floor: milliseconds that the device needs at least.
         bound: by ``bytes`` or ``operations``.
@@ -98,6 +101,7 @@ class OperationRow(Result):
     bitwise: bool | None = None
     graph: Milliseconds | None = None
     call: Milliseconds | None = None
+    host: Milliseconds | None = None
     peak_memory: int | None = None
     floor: Number
     bound: Literal["bytes", "operations"]
@@ -121,6 +125,7 @@ class OperationsReport(Result):
         head_dim: D.
         features: random features of performer and dark.
         rounds: timings of each.
+        causal: whether each token attends to itself and those before it.
         bandwidth: bytes read and written in a second by a copy.
         matrix_rate: floating-point operations in a second of a matrix product.
         rows: see :class:`OperationRow`.
@@ -132,6 +137,7 @@ class OperationsReport(Result):
     head_dim: int
     features: int
     rounds: int
+    causal: bool = False
     bandwidth: Number
     matrix_rate: Number
     rows: list[OperationRow]
@@ -161,6 +167,7 @@ def measure_operations(plan: Plan, keep: Keep = keep_nothing) -> OperationsRepor
         head_dim=plan.head_dim,
         features=plan.features,
         rounds=plan.rounds,
+        causal=plan.causal,
         bandwidth=bandwidth,
         matrix_rate=rate,
         rows=rows,
@@ -212,6 +219,7 @@ def _row(
         bitwise=verdict.bitwise,
         graph=trial.graph,
         call=trial.call,
+        host=trial.host,
         peak_memory=verdict.peak,
         floor=least.milliseconds,
         bound=least.bound,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from visionattn.export.runner import open_session, runner_of
 from visionattn.export.session import Place, Session, TorchSession
 from visionattn.export.verify import photographs, piece
 from visionattn.profiling.clock import peak_memory
-from visionattn.profiling.steps import ACCEPTED, DType, TrainingStep
+from visionattn.profiling.steps import ACCEPTED, AUTOCAST, DType, TrainingStep
 from visionattn.profiling.tuned import TunedSession
 
 RUNTIMES: dict[str, tuple[str, ...]] = {
@@ -36,8 +36,11 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
 }
 """Runtimes of weights, and where they run. On a GPU, an exported file is run there by its own."""
 
-TRAINING = "torch-train"
-"""Stands in the place of a runtime where a step of training is timed."""
+TRAINING, COMPILED_TRAINING = "torch-train", "torch-train-compiled"
+"""Stand in the place of a runtime where a step of training is timed."""
+
+Arithmetic = DType | Literal["bf16-autocast"]
+"""Weights and arithmetic of one type; or weights of float32, and what autocast to bfloat16 makes of them."""
 
 PICTURE = (480, 640)
 """(H, W) of the picture that end to end begins with."""
@@ -49,7 +52,7 @@ class Conditions:
 
     Attributes:
         device: ``cpu`` or a CUDA GPU.
-        precision: of torch on a GPU; on the CPU a runtime says its own.
+        precision: of torch on a GPU, for inference; on the CPU a runtime says its own.
         threads: of the CPU.
         calibration: images for int8.
         trust: load files that may run any code.
@@ -59,7 +62,7 @@ class Conditions:
     """
 
     device: torch.device
-    precision: DType = "fp32"
+    precision: Arithmetic = "fp32"
     threads: int = 0
     calibration: Calibration | None = None
     trust: bool = False
@@ -152,7 +155,7 @@ def open_candidate(
 
     Args:
         subject: the model.
-        runtime: in :data:`RUNTIMES`, :data:`TRAINING`, or whatever of an exported file.
+        runtime: in :data:`RUNTIMES`, a training, or whatever of an exported file.
         size: (H, W) of the input.
         batch: images of a batch.
         conditions: how.
@@ -161,12 +164,13 @@ def open_candidate(
     Raises:
         ParityError: on a photograph it does not compute what the weights compute in float32 on the CPU.
     """
-    if runtime == TRAINING:
-        return _training(subject, size, batch, conditions)
+    if runtime in (TRAINING, COMPILED_TRAINING):
+        return _training(subject, size, batch, conditions, runtime == COMPILED_TRAINING)
     if subject.exported:
         return _of_file(subject, size, batch, conditions)
     precision = precision_of(subject, runtime, conditions)
-    network = subject.network(size, batch, "fp16" if precision == "bf16" else precision, conditions.trust)
+    own = {"bf16": "fp16", AUTOCAST: "fp32"}.get(precision, precision)  # in which it is loaded
+    network = subject.network(size, batch, own, conditions.trust)
     expected = outputs_of(network.truth, size, network.info)
     if not runtime.startswith("torch"):
         session = _converted(network, runtime, conditions, folder)
@@ -185,13 +189,14 @@ def open_candidate(
 
 
 def precision_of(subject: Subject, runtime: str, conditions: Conditions) -> Any:
-    """Return the precision that a model has in a runtime: ``fp32``, ``fp16``, ``bf16`` or ``int8``."""
+    """Return the precision that a model has in a runtime: an :data:`Arithmetic` or ``int8``."""
     if subject.exported:
         return subject.info.precision
     if runtime.endswith("int8"):
         return "int8"
-    half = runtime == "torch-bf16" or (runtime == TRAINING and conditions.device.type == "cuda")
-    return "bf16" if half else "fp32" if runtime == TRAINING else conditions.precision
+    training = runtime in (TRAINING, COMPILED_TRAINING)
+    half = runtime == "torch-bf16" or (training and conditions.device.type == "cuda")
+    return "bf16" if half else "fp32" if training else conditions.precision
 
 
 def outputs_of(truth: nn.Module, size: tuple[int, int], info: ModelInfo) -> list[Tensor]:
@@ -258,8 +263,8 @@ def _converted(network: Network, runtime: str, conditions: Conditions, folder: P
     return form.open_session(path, Place("cpu", conditions.threads))
 
 
-def _training(subject: Subject, size: tuple[int, int], batch: int, conditions: Conditions) -> Candidate:
-    """Make a step of training; on a GPU under autocast to bfloat16."""
+def _training(subject: Subject, size: tuple[int, int], batch: int, conditions: Conditions, compiled: bool) -> Candidate:
+    """Make a step of training; on a GPU under autocast to bfloat16. Compiled are forward and backward, not SGD."""
     device = conditions.device
     precision: Any = precision_of(subject, TRAINING, conditions)
     module = subject.network(size, batch, "fp32", conditions.trust).truth.to(device)
@@ -267,6 +272,8 @@ def _training(subject: Subject, size: tuple[int, int], batch: int, conditions: C
     if device.type == "cuda":
         module.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
+    if compiled:
+        module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     labels = torch.arange(batch, device=device) % len(subject.info.names)
     step = TrainingStep(module, images, lambda logits: nn.functional.cross_entropy(logits, labels), precision)
     step.check()

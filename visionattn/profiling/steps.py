@@ -13,7 +13,11 @@ from visionattn.export.session import torch_device
 DType = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+AUTOCAST = "bf16-autocast"
+"""Names inference with weights of float32 under autocast to bfloat16."""
+
 ACCEPTED = {"fp32": TOLERANCE["fp32"], "fp16": TOLERANCE["fp16"], "bf16": 8 * TOLERANCE["fp16"]}
+ACCEPTED[AUTOCAST] = ACCEPTED["bf16"]
 """Largest relative error to the float32 network on the CPU; bfloat16 has three bits fewer than float16."""
 
 

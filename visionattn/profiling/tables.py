@@ -140,6 +140,7 @@ def _spread(time: Milliseconds | None) -> str:
 def operation_grids(report: OperationsReport) -> list[Grid]:
     """Return tables of times and of errors, with a column a number of tokens; and one of what has no time."""
     what = f"{report.heads} heads x {report.head_dim}, {report.dtype}, {report.rounds} rounds"
+    what = f"causal, {what}" if report.causal else what
     grids = []
     for direction in dict.fromkeys(row.direction for row in report.rows):
         rows = [row for row in report.rows if row.direction == direction]
@@ -147,6 +148,9 @@ def operation_grids(report: OperationsReport) -> list[Grid]:
         if any(row.graph for row in rows):
             title = f"{direction}, µs (times the floor), called from Python, not by CUDA graph: {what}"
             grids.append(_by_tokens(title, rows, lambda row: _micro(row, row.call)))
+        if any(row.host for row in rows):
+            title = f"{direction}, µs of Python's thread a call, in a row: {what}"
+            grids.append(_by_tokens(title, rows, lambda row: f"{row.host.median * 1e3:.4g}" if row.host else "-"))
         if direction != "backward":
             name = "output" if direction == "forward" else "gradient"
             title = f"{direction}, relative L2 error of the {name} to float64 (times that of eager)"

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from visionattn.profiling.clock import Graphed, Milliseconds, time_in_turns
+from visionattn.profiling.clock import Graphed, Milliseconds, host_time, time_in_turns
 from visionattn.profiling.entrants import Direction, Entrant, Shape
 from visionattn.profiling.judge import Judge, Sets, Verdict
 from visionattn.profiling.steps import reason_of
 
 ROTATED, MOST_SETS = 100e6, 256
 """Bytes of inputs that calls rotate through, more than a cache holds; and sets of inputs at most."""
+
+ROW, MOST_IN_A_ROW = 20.0, 20
+"""Milliseconds that calls in a row take together; and how many at most, so that a GPU's queue holds their launches."""
 
 DISTURBED = 1.1
 """A graph does what calls do without their launches: of one that takes so many times longer nothing is concluded."""
@@ -31,12 +34,14 @@ class Trial:
         verdict: whether it is right.
         graph: time of a call within a CUDA graph; None without one.
         call: time of a call from Python; None if it is not right.
+        host: time that a call keeps Python's thread, of many in a row; None on the CPU.
         reason: why there is no time, or no graph on a GPU; None if there is.
     """
 
     verdict: Verdict
     graph: Milliseconds | None = None
     call: Milliseconds | None = None
+    host: Milliseconds | None = None
     reason: str | None = None
 
     @property
@@ -59,12 +64,19 @@ def try_all(shape: Shape, direction: Direction, starters: Sequence[Entrant], rou
     verdicts = {entrant: _too_large(entrant, shape) or judge(entrant) for entrant in progress}
     fit = [entrant for entrant, verdict in verdicts.items() if verdict.reason is None]
     calls = _call_by_call(fit, direction, sets, shape.device, rounds)
+    hosts = _of_host(fit, direction, sets, shape.device, rounds, calls)
     graphs, refused = _graphed(fit, direction, sets, shape.device, rounds)
     for entrant in [e for e, graph in graphs.items() if graph.median > DISTURBED * calls[e].median]:
         refused[entrant] = "no graph: it took longer than calls from Python, so something else had the device"
         del graphs[entrant]
     return [
-        Trial(verdict, graphs.get(entrant), calls.get(entrant), verdict.reason or refused.get(entrant))
+        Trial(
+            verdict,
+            graphs.get(entrant),
+            calls.get(entrant),
+            hosts.get(entrant),
+            verdict.reason or refused.get(entrant),
+        )
         for entrant, verdict in verdicts.items()
     ]
 
@@ -72,8 +84,9 @@ def try_all(shape: Shape, direction: Direction, starters: Sequence[Entrant], rou
 def difference(training: Trial, forward: Trial) -> Trial:
     """Return what training adds to the forward pass."""
     graph, call = _minus(training.graph, forward.graph), _minus(training.call, forward.call)
+    host = _minus(training.host, forward.host)
     lost = None if graph or call else "training took no longer than forward: noise"
-    return Trial(training.verdict, graph, call, training.reason or forward.reason or lost)
+    return Trial(training.verdict, graph, call, host, training.reason or forward.reason or lost)
 
 
 def _minus(whole: Milliseconds | None, part: Milliseconds | None) -> Milliseconds | None:
@@ -114,13 +127,33 @@ def _call_by_call(
     fit: Sequence[Entrant], direction: Direction, sets: Sets, device: torch.device, rounds: int
 ) -> dict[Entrant, Milliseconds]:
     """Time calls from Python, launches and all."""
-
-    def rotating(entrant: Entrant) -> Callable[[int], Any]:
-        own = sets[entrant.layer.streams]
-        return lambda number: entrant.run(direction, *own[number % len(own)])
-
-    times = time_in_turns([rotating(e) for e in fit], device, rounds, within=[e.within for e in fit])
+    calls = [_rotating(entrant, direction, sets) for entrant in fit]
+    times = time_in_turns(calls, device, rounds, within=[e.within for e in fit])
     return dict(zip(fit, times, strict=True))
+
+
+def _of_host(
+    fit: Sequence[Entrant],
+    direction: Direction,
+    sets: Sets,
+    device: torch.device,
+    rounds: int,
+    calls: Mapping[Entrant, Milliseconds],
+) -> dict[Entrant, Milliseconds]:
+    """Time what a call costs Python's thread; on the CPU, which computes in it, nothing is told apart."""
+    if device.type == "cpu":
+        return {}
+    times = {}
+    for entrant in fit:
+        in_a_row = int(min(max(1.0, ROW / calls[entrant].median), MOST_IN_A_ROW))
+        times[entrant] = host_time(_rotating(entrant, direction, sets), device, rounds, in_a_row, entrant.within)
+    return times
+
+
+def _rotating(entrant: Entrant, direction: Direction, sets: Sets) -> Callable[[int], Any]:
+    """Return a call whose inputs its number chooses."""
+    own = sets[entrant.layer.streams]
+    return lambda number: entrant.run(direction, *own[number % len(own)])
 
 
 def _graphed(

@@ -11,20 +11,20 @@ from visionattn.export.cudnn import join_relus
 from visionattn.export.network import Network
 from visionattn.export.session import Place, TorchSession
 from visionattn.profiling.clock import Graphed
-from visionattn.profiling.steps import DTYPES, DType
+from visionattn.profiling.steps import AUTOCAST, DTYPES
 
 
 class TunedSession(TorchSession):
     """A network that gets its input in its own type and memory format, and may be compiled and captured.
 
     Args:
-        network: in float16 if it shall run in bfloat16.
+        network: in float16 if it shall run in bfloat16, in float32 under autocast.
         place: where; channels come last on a GPU.
-        precision: of the arithmetic.
+        precision: of the arithmetic: a name in DTYPES, or AUTOCAST.
         channels_last: so they do on the CPU.
     """
 
-    def __init__(self, network: Network, place: Place, precision: DType, channels_last: bool) -> None:
+    def __init__(self, network: Network, place: Place, precision: str, channels_last: bool) -> None:
         super().__init__(_in_bfloat16(network.module) if precision == "bf16" else network.module, network.info, place)
         last = channels_last or self.place != "cpu"
         self.layout = torch.channels_last if last else torch.contiguous_format
@@ -33,7 +33,8 @@ class TunedSession(TorchSession):
             join_relus(self.module)
         if isinstance(self.module, DetectionNetwork):
             self.module.settle()
-        self.type = DTYPES[precision]
+        self.autocast = precision == AUTOCAST
+        self.type = next((dtype for name, dtype in DTYPES.items() if name == precision), torch.float32)
         self._graph: Graphed | None = None
 
     def laid(self, images: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class TunedSession(TorchSession):
 
     def capture(self, images: Tensor) -> None:
         """Capture the network as a CUDA graph, whose input is in place of ``images``."""
-        self._images, self._graph = images, Graphed(super().run, [(images,)])
+        self._images, self._graph = images, Graphed(self._forward, [(images,)])
 
     def replay(self, number: int = 0) -> None:
         """Run the captured network on the input that lies there; the number is without effect."""
@@ -55,11 +56,15 @@ class TunedSession(TorchSession):
 
     def run(self, images: Tensor) -> list[Tensor]:
         if self._graph is None:
-            return super().run(self.laid(images))
+            return self._forward(self.laid(images))
         self._images.copy_(images)
         self._graph()
         outputs: list[Tensor] = self._graph.outputs[0]
         return outputs
+
+    def _forward(self, images: Tensor) -> list[Tensor]:
+        with torch.autocast(torch.device(self.place).type, torch.bfloat16, enabled=self.autocast):
+            return super().run(images)
 
 
 def _in_bfloat16(module: Any) -> nn.Module:

@@ -3,7 +3,7 @@
 Nothing here is imported until a kernel is needed: Triton is not on every machine.
 """
 
-from visionattn.ops.fused.dispatch import attend_causally, attend_positive, attend_with_moments, refuse
+from visionattn.ops.fused.dispatch import attend_causally, attend_positive, attend_with_moments, reaches, refuse
 from visionattn.ops.fused.maps import FeatureMap, softmax_features, yat_features
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "attend_causally",
     "attend_positive",
     "attend_with_moments",
+    "reaches",
     "refuse",
     "softmax_features",
     "yat_features",

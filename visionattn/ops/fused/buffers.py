@@ -1,43 +1,122 @@
-"""Memory for what kernels write, and what surrounds their calls."""
+"""Memory that kernels read and write, and what surrounds their calls."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from visionattn.ops.packing import packed_like
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from visionattn.ops.packing import Projection
 
 
-def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return memory for an output or a gradient, (B, H, N, D) as x is, that lies as (B, N, H, D).
+class View:
+    """A view of memory that becomes a tensor only where one is needed: a launch asks for its address alone.
+
+    Args:
+        base: the memory.
+        shape: of the view.
+        strides: of the view, in elements.
+        start: element of the memory, as numbers of ``dtype``, where the view begins.
+        dtype: of the view.
+    """
+
+    __slots__ = ("address", "base", "dtype", "shape", "start", "strides")
+
+    def __init__(
+        self, base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], start: int, dtype: torch.dtype
+    ) -> None:
+        self.base, self.shape, self.strides, self.start, self.dtype = base, shape, strides, start, dtype
+        self.address = base.data_ptr() + start * dtype.itemsize
+
+    def data_ptr(self) -> int:
+        """Return the address, as a tensor does."""
+        return self.address
+
+    def stride(self) -> tuple[int, ...]:
+        """Return the strides, as a tensor does."""
+        return self.strides
+
+    def tensor(self) -> Tensor:
+        """Return the view."""
+        base = self.base if self.dtype == self.base.dtype else self.base.view(self.dtype)
+        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.start)
+
+
+Memory = Tensor | View
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], heads: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return shape and strides of the parts of a packed projection, and the elements between them."""
+    (B, N, width), (by_image, by_token, by_channel) = shape, strides
+    D = width // (3 * heads)
+    return (B, heads, N, D), (by_image, D * by_channel, by_token, by_channel), heads * D * by_channel
+
+
+def parts_of(inputs: Projection) -> tuple[Memory, Memory, Memory]:
+    """Return queries, keys and values, (B, H, N, D) each."""
+    x, heads, k, v = inputs
+    if k is not None and v is not None:
+        return x, k, v
+    shape, strides, step = _layout(x.shape, x.stride(), heads)
+    return (
+        View(x, shape, strides, 0, x.dtype),
+        View(x, shape, strides, step, x.dtype),
+        View(x, shape, strides, 2 * step, x.dtype),
+    )
+
+
+def by_heads(x: Tensor, inputs: Projection) -> Memory:
+    """Return an output, or its gradient, as (B, H, N, E): of packed inputs it is (B, N, H E)."""
+    if inputs.k is not None:
+        return x
+    (B, N, width), (by_image, by_token, by_channel), heads = x.shape, x.stride(), inputs.heads
+    E = width // heads
+    return View(x, (B, heads, N, E), (by_image, E * by_channel, by_token, by_channel), 0, x.dtype)
+
+
+def output_for(inputs: Projection) -> Tensor:
+    """Return memory for the output: (B, H, N, E) that lies as (B, N, H, E); of packed inputs, (B, N, H E)."""
+    x, _, _, v = inputs
+    return x.new_empty(*x.shape[:2], x.shape[2] // 3) if v is None else _like(v)
+
+
+def gradients_for(inputs: Projection) -> Projection:
+    """Return memory for the gradients of the inputs, of their form."""
+    x, heads, k, v = inputs
+    if k is None or v is None:
+        return Projection(x.new_empty(x.shape), heads)
+    return Projection(_like(x), heads, _like(k), _like(v))
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return memory for a tensor as x is, (B, H, N, D), that lies as (B, N, H, D).
 
     It is no view of a tensor of another shape: an operator that returns a view forbids its users to change it in place.
     """
     B, H, N, D = x.shape
-    return x.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=dtype)
+    return x.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
 
-def gradients_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for the gradients of queries, keys and values: in one packed projection, if they are alike.
+def carve(x: Tensor, *pieces: tuple[torch.dtype, int]) -> tuple[View, ...]:
+    """Return pieces of one new memory on the device of x, for so many numbers each; they begin at 16 bytes or more."""
+    starts, size = [], 0
+    for dtype, count in pieces:
+        starts.append(size)
+        size += -(-count * dtype.itemsize // 16) * 16
+    base = x.new_empty(size // 4, dtype=torch.float32)
+    return tuple(
+        View(base, (count,), (1,), start // dtype.itemsize, dtype)
+        for (dtype, count), start in zip(pieces, starts, strict=True)
+    )
 
-    Args:
-        q: (B, H, N, D).
-        k: (B, H, N, D).
-        v: (B, H, N, E).
-    """
-    if q.shape == v.shape and q.dtype == k.dtype == v.dtype:
-        return packed_like(q)
-    return output_like(q), output_like(k), output_like(v)
 
-
-def mask_for(keep: Tensor | None, q: Tensor) -> Tensor | None:
+def mask_for(keep: Tensor | None, inputs: Projection) -> Tensor | None:
     """Return a key mask, which is broadcastable to (B, H, N, 1), as kernels read it: (B, H, N) of bytes, 0 or 1."""
-    return None if keep is None else keep.expand(*q.shape[:3], 1)[..., 0].view(torch.uint8)
+    return None if keep is None else keep.expand(*inputs.shapes()[0][:3], 1)[..., 0].view(torch.uint8)
 
 
 def mask_strides(keep: Tensor | None) -> tuple[int, ...]:
@@ -57,12 +136,11 @@ def differentiable_gradients(o: Tensor, inputs: Sequence[Tensor | None], do: Ten
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
 
-def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave autocast in a backward function, which may be called within it; the forward one has left it."""
+def apart(x: Tensor | None) -> Tensor | None:
+    """Return a tensor that no other depends on, for gradients that are those of an operator's arguments alone."""
+    return None if x is None else x.view_as(x)
 
-    @wraps(function)
-    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
 
-    return precise
+def no_autocast(x: Tensor) -> Any:
+    """Return a block without autocast: a backward function may be called within it; the forward one has left it."""
+    return torch.autocast(x.device.type, enabled=False)

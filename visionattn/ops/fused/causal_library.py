@@ -1,6 +1,8 @@
 """Causal attention by positive features as an operator of PyTorch, with gradients of any order."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -10,10 +12,31 @@ from visionattn.ops import positive, scan
 from visionattn.ops.fused import causal as kernels
 from visionattn.ops.fused.buffers import (
     differentiable_gradients,
-    full_precision,
-    output_like,
     padded,
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave autocast in a backward function, which may be called within it; the forward one has left it."""
+
+    @wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return precise
+
+
+def output_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return memory for an output or a gradient, (B, H, N, D) as x is, that lies as (B, N, H, D).
+
+    It is no view of a tensor of another shape: an operator that returns a view forbids its users to change it in place.
+    """
+    B, H, N, D = x.shape
+    return x.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=dtype)
 
 
 def attend_causal(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +157,7 @@ def _backward(
 
 @_backward.register_fake
 def _backward_shapes(a: Tensor, b: Tensor, v: Tensor, *_: Any) -> Any:
-    return output_like(a), output_like(b), output_like(v)
+    return output_like(a)(b)(v)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

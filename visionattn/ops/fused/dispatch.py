@@ -4,6 +4,7 @@ Each function returns None where the eager formula is to be taken.
 """
 
 import os
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from visionattn.errors import UnsupportedError
 from visionattn.ops import switch
 from visionattn.ops.fused.maps import FeatureMap
-from visionattn.ops.packing import transformed
+from visionattn.ops.packing import Projection, transformed
 
 TRITON = find_spec("triton") is not None
 
@@ -23,39 +24,38 @@ MAX_ANCHORS = 16
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def attend_positive(
-    q: Tensor, k: Tensor, v: Tensor, features: FeatureMap | None, keep: Tensor | None = None
-) -> Tensor | None:
+def attend_positive(inputs: Projection, features: FeatureMap | None, keep: Tensor | None = None) -> Tensor | None:
     """Attend over all tokens by positive features, or return None; shapes as in :mod:`visionattn.ops`.
 
     Raises:
         UnsupportedError: the switch is on ``fused`` and no kernel can do it.
     """
-    if not _chosen(_refusal(q, k, v) or _map_refusal(q, v, features)):
+    if not _chosen(_map_refusal(inputs, features) or _refusal(inputs)):
         return None
     assert features is not None
     from visionattn.ops.fused.library import attend
 
-    return attend(q, k, v, features, keep)
+    return attend(inputs, features, keep)
 
 
-def attend_with_moments(q: Tensor, k: Tensor, v: Tensor, kind: str, keep: Tensor | None = None) -> Tensor | None:
+def attend_with_moments(inputs: Projection, kind: str, keep: Tensor | None = None) -> Tensor | None:
     """Attend over all tokens by one of ELA's kernels, ``sum``, ``diff`` or ``direction``, or return None.
 
     Raises:
         UnsupportedError: the switch is on ``fused`` and no kernel can do it.
     """
-    if not _chosen(_refusal(q, k, v)):
+    if not _chosen(_refusal(inputs)):
         return None
     from visionattn.ops.fused.moments_library import attend_moments
 
-    return attend_moments(q, k, v, kind, keep)
+    return attend_moments(inputs, kind, keep)
 
 
 def attend_causally(a: Tensor, b: Tensor, v: Tensor) -> Tensor | None:
     """Attend to the tokens before each, by the logarithms of positive features (B, H, N, F), likewise."""
-    refusal = f"it has {a.shape[-1]} features a head, and kernels take {MAX_FEATURES}"
-    if not _chosen(_refusal(a, b, v, MAX_FEATURES) or (refusal if a.shape[-1] > MAX_FEATURES else None)):
+    count = a.shape[-1]
+    refusal = f"it has {count} features a head, and kernels take {MAX_FEATURES}" if count > MAX_FEATURES else None
+    if not _chosen(_refusal(Projection(a, a.shape[1], b, v), MAX_FEATURES) or refusal):
         return None
     from visionattn.ops.fused.causal_library import attend_causal
 
@@ -79,21 +79,21 @@ def _chosen(refusal: str | None) -> bool:
         raise UnsupportedError(f"no fused kernel: {refusal}; choose kernels('auto') or kernels('eager')")
     fused = path != "eager" and not refusal
     if switch.listeners:
-        switch.tell(fused, refusal or ("kernels('eager') is chosen" if path == "eager" else ""))
+        switch.tell(fused, "kernels('eager') is chosen" if path == "eager" else refusal or "")
     return fused
 
 
-def _refusal(q: Tensor, k: Tensor, v: Tensor, widest: int = MAX_WIDTH) -> str | None:
+def _refusal(inputs: Projection, widest: int = MAX_WIDTH) -> str | None:
     """Say why kernels cannot take the inputs, whatever the map."""
     if _exporting():
         return "the network is being exported"
     compiling = torch.compiler.is_compiling()
     if not compiling and transformed():
         return "torch.func or forward-mode differentiation is at work"
-    interpreter = q.device.type == "cpu" and interpreted()
+    x, _, k, v = inputs
+    k, v = x if k is None else k, x if v is None else v
     reason = _reason if compiling else _remembered  # what is remembered is unknown to a compiler
-    return reason(q.device, k.device, v.device, q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape, interpreter,
-                  widest)  # fmt: skip
+    return reason(x.device, k.device, v.device, x.dtype, k.dtype, v.dtype, *inputs.shapes(), interpreted(x), widest)
 
 
 def _exporting() -> bool:
@@ -123,24 +123,37 @@ def _reason(*inputs: Any) -> str | None:
     return f"heads are {width} wide, and kernels take {MAX_WIDTH}" if width > MAX_WIDTH else None
 
 
-_remembered = lru_cache(maxsize=1024)(_reason)
+@lru_cache(maxsize=1024)
+def _remembered(*inputs: Any) -> str | None:
+    """Say once for each kind of call why kernels cannot take it; on a GPU, where that costs time, with a warning."""
+    reason = _reason(*inputs)
+    if reason and inputs[0].type == "cuda" and switch.path() == "auto":
+        warnings.warn(f"no fused kernel: {reason}; the eager formula is taken, which is slower", stacklevel=2)
+    return reason
 
 
-def _map_refusal(q: Tensor, v: Tensor, features: FeatureMap | None) -> str | None:
+def _map_refusal(inputs: Projection, features: FeatureMap | None) -> str | None:
     """Say why kernels cannot take the map."""
     if features is None:
         return "there is none for this mechanism and its options"
     if features.draws is None:
         return None
-    if features.features(q.shape[-1]) > MAX_FEATURES:
-        return f"it has {features.features(q.shape[-1])} features a head, and kernels take {MAX_FEATURES}"
-    if torch.float32 in (q.dtype, v.dtype):
-        return f"kernels with projections take half precision, and queries are {q.dtype}, values {v.dtype}"
+    count = features.features(inputs.shapes()[0][-1])
+    if count > MAX_FEATURES:
+        return f"it has {count} features a head, and kernels take {MAX_FEATURES}"
+    types = inputs.x.dtype, inputs.x.dtype if inputs.v is None else inputs.v.dtype
+    if torch.float32 in types:
+        return f"kernels with projections take half precision, and queries are {types[0]}, values {types[1]}"
     if features.bank is not None and len(features.bank) > MAX_ANCHORS:
         return f"it has {len(features.bank)} anchors, and kernels take {MAX_ANCHORS}"
     return None
 
 
-def interpreted() -> bool:
-    """Say whether kernels run in Triton's interpreter, on the CPU, and are to: if the switch is on ``fused``."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and switch.path() == "fused"
+def reaches(x: Tensor) -> bool:
+    """Say whether kernels may run where x is: on a GPU, or in Triton's interpreter."""
+    return x.is_cuda or interpreted(x)
+
+
+def interpreted(x: Tensor) -> bool:
+    """Say whether kernels run in Triton's interpreter: on the CPU, if the switch is on ``fused``."""
+    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and switch.path() == "fused"

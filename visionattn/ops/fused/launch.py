@@ -10,9 +10,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from triton.runtime import driver
 
 from visionattn.errors import UnsupportedError
+from visionattn.ops.fused.buffers import Memory, View
+from visionattn.ops.packing import Projection
 
 SPARE = 2**16
 """Flags that are kept ready on a device for launches recorded in CUDA graphs."""
+
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 _room: dict[int, int] = {}
 _flags: dict[tuple[int, int], Tensor] = {}
@@ -49,16 +53,18 @@ class Launch:
         self.option = options[0]
         self.run: Callable[..., None] | None = None
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current stream of the tensors' device, which must be the current device."""
+    def __call__(self, *memory: Memory | None) -> None:
+        """Launch on the current stream of the memory's device, which must be the current device."""
         if self.run is not None:
-            self.run(*tensors, *self.option.arguments)
-        elif not tensors[0].is_cuda:  # type: ignore[union-attr]
+            self.run(*memory, *self.option.arguments)
+            return
+        tensors = [x.tensor() if isinstance(x, View) else x for x in memory]
+        if not tensors[0].is_cuda:  # type: ignore[union-attr]
             self.kernel[self.option.grid](*tensors, *self.option.arguments, num_warps=self.option.warps)
-        else:
-            self.option, compiled = self._fitting(tensors)
-            self.run = compiled[self.option.grid]
-            self.run(*tensors, *self.option.arguments)
+            return
+        self.option, compiled = self._fitting(tensors)
+        self.run = compiled[self.option.grid]
+        self.run(*tensors, *self.option.arguments)
 
     def _fitting(self, tensors: Sequence[Tensor | None]) -> tuple[Option, Any]:
         """Return the first option whose program the GPU can hold, and the kernel compiled for it."""
@@ -84,12 +90,12 @@ def shared_memory(device: torch.device) -> int:
     return _room[index]
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def plain(inputs: Projection, *others: Tensor | None) -> bool:
     """Say whether a kernel may be launched at once: nothing traces the call or stands in for the tensors."""
     return not (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
-        or any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in tensors if x is not None)
+        or any(type(x) not in PLAIN for x in (inputs.x, inputs.k, inputs.v, *others))
     )
 
 
@@ -100,10 +106,10 @@ def on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
-def aligned(*tensors: Tensor | None) -> int:
-    """Return which tensors begin at a multiple of 16 bytes, as bits: Triton compiles for that."""
+def aligned(*memory: Memory | None) -> int:
+    """Return what begins at a multiple of 16 bytes, as bits: Triton compiles for that."""
     bits = 0
-    for x in tensors:
+    for x in memory:
         bits = 2 * bits + (x is not None and x.data_ptr() % 16 == 0)
     return bits
 

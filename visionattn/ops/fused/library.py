@@ -16,17 +16,25 @@ from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
 from visionattn.ops.fused import projected_library
 from visionattn.ops.fused.buffers import (
+    Memory,
+    View,
+    apart,
+    by_heads,
+    carve,
     differentiable_gradients,
-    full_precision,
-    gradients_like,
+    gradients_for,
     mask_for,
     mask_strides,
-    output_like,
+    no_autocast,
+    output_for,
     padded,
+    parts_of,
 )
 from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
 from visionattn.ops.fused.maps import FeatureMap
+from visionattn.ops.fused.operators import operator
 from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, smaller
+from visionattn.ops.packing import Projection
 
 KINDS = {
     "exp": kernels.EXP.value,
@@ -38,31 +46,46 @@ HELD = 64
 """Width up to which programs with projections hold a warp, and values, at a time."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, features: FeatureMap, keep: Tensor | None = None) -> Tensor:
+def attend(inputs: Projection, features: FeatureMap, keep: Tensor | None = None) -> Tensor:
     """Attend over all tokens by fused kernels.
 
     Args:
-        q: (B, H, N, D), of any strides; as k and v, in float16, bfloat16 or float32.
-        k: (B, H, N, D).
-        v: (B, H, N, E).
+        inputs: queries, keys and values, of any strides, in float16, bfloat16 or float32.
         features: the map of queries and keys.
         keep: key mask, broadcastable to (B, H, N, 1). A head without any key gets zeros.
 
     Returns:
-        (B, H, N, E), in memory as (B, N, H, E).
+        (B, H, N, E), in memory as (B, N, H, E); of packed inputs, (B, N, H E).
     """
-    if features.draws is not None and features.shift is not None and q.shape[-1] > HELD:
-        q, k, features = features.warped(q), features.warped(k), features._replace(shift=None)
-    if features.draws is not None and v.shape[-1] > HELD:
-        parts = [attend(q, k, part, features, keep).transpose(1, 2) for part in torch.split(v, HELD, -1)]
-        return torch.cat(parts, -1).transpose(1, 2)
-    shift, keep = features.shift, mask_for(keep, q)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, shift))
-    if not plain(q, k, v, shift):
-        return _forward(q, k, v, keep, *features, save)[0]
+    if features.draws is not None and _too_wide(inputs, features):
+        return _by_pieces(inputs, features, keep)
+    x, heads, k, v = inputs
+    shift, keep = features.shift, mask_for(keep, inputs)
+    save = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in (x, k, v, shift))
+    if not plain(inputs, shift):
+        o: Tensor = _forward(x, k, v, heads, keep, *features, save)[0]
+        return o
     if save:
-        return _Attend.apply(q, k, v, shift, keep, features)
-    return _launch_forward(q, k, v, keep, features, False)[0]
+        return _Attend.apply(x, k, v, shift, heads, keep, features)
+    return _launch_forward(inputs, keep, features, False)[0]
+
+
+def _too_wide(inputs: Projection, features: FeatureMap) -> bool:
+    """Say whether programs cannot hold a warp or the values of a head at a time."""
+    queries, _, values = inputs.shapes()
+    return values[-1] > HELD or (features.shift is not None and queries[-1] > HELD)
+
+
+def _by_pieces(inputs: Projection, features: FeatureMap, keep: Tensor | None) -> Tensor:
+    """Attend with the warp taken before the kernel, and with one piece of the values after another."""
+    q, k, v = inputs.parts()
+    if features.shift is not None and q.shape[-1] > HELD:
+        q, k, features = features.warped(q), features.warped(k), features._replace(shift=None)
+    pieces = torch.split(v, HELD, -1)
+    mixed = torch.cat(
+        [attend(Projection(q, inputs.heads, k, one), features, keep).transpose(1, 2) for one in pieces], -1
+    )
+    return mixed.flatten(2) if inputs.k is None else mixed.transpose(1, 2)
 
 
 class Sizes(NamedTuple):
@@ -103,27 +126,23 @@ class Prepared(NamedTuple):
 
 
 def _sizes(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, features: FeatureMap, save: bool, *others: Tensor
-) -> Sizes:
-    """Return the sizes of a call; ``others`` are further tensors of any strides."""
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, save: bool, *others: Memory
+) -> tuple[Sizes, tuple[Memory, Memory, Memory]]:
+    """Return the sizes of a call, and queries, keys and values; ``others`` is further memory of any strides."""
     kind, draws, bank, shift, gains, priors, square = features
+    q, k, v = parts = parts_of(inputs)
     return Sizes(
         q.shape,
         v.shape[-1],
-        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *(x.stride() for x in others)),
-        (q.dtype, v.dtype, q.device.index, *(None if x is None else x.dtype for x in (draws, bank, shift))),
-        aligned(q, k, v, draws, bank, shift, *others),
+        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *[x.stride() for x in others]),
+        (q.dtype, v.dtype, inputs.x.device.index, *[None if x is None else x.dtype for x in (draws, bank, shift)]),
+        aligned(q, k, v, keep, draws, bank, shift, *others),
         kind,
         () if draws is None else draws.shape,
         1 if bank is None else len(bank),
-        (tuple(gains), tuple(priors), square),
+        (gains, priors, square),
         (shift is not None, keep is not None, save),
-    )
-
-
-def _padded(features: FeatureMap, q: Tensor, v: Tensor) -> tuple[int, int, int]:
-    """Return F, D and E as kernels have them: powers of two from 16 on."""
-    return padded(features.features(q.shape[-1])), padded(q.shape[-1]), padded(v.shape[-1])
+    ), parts
 
 
 def _constants(sizes: Sizes) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -170,86 +189,66 @@ def _prepared_backward(sizes: Sizes) -> Prepared:
 
 
 def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, features: FeatureMap, save: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the output and, if they are saved, the slots (B H, F, E) and the statistics of all heads."""
-    sizes, heads = _sizes(q, k, v, keep, features, save), q.shape[0] * q.shape[1]
-    with on(q):
-        o, slots, stats, parts, tips = output_like(v), None, None, None, None
-        if features.draws is not None:
-            slots, stats = _state(q, v, features, save)
-            projected_library.launch_forward(sizes, q, k, v, keep, features, o, slots, stats)
-            return o, slots, stats
-        launch, plan, F, E = _prepared_forward(sizes)
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the output and, if it is saved, the state of all heads."""
+    sizes, (q, k, v) = _sizes(inputs, keep, features, save)
+    if features.draws is not None:
+        return projected_library.launch_forward(inputs, sizes, (q, k, v), keep, features)
+    launch, plan, F, E = _prepared_forward(sizes)
+    x, heads = inputs.x, sizes.queries[0] * sizes.queries[1]
+    with on(x):
+        o, state, parts, tips, flags = output_for(inputs), None, None, None, None
         if save or not plan.whole:
-            slots, stats = _state(q, v, features, save)
+            state = x.new_empty(heads * F * (E + 3), dtype=torch.float32)
         if not plan.whole:
-            parts = v.new_empty(heads * plan.chunks, F, E)
-            tips = q.new_empty(2, heads * plan.chunks, F, dtype=torch.float32)
-        launch(q, k, v, keep, o, slots, stats, parts, tips, lowered(q, 0 if plan.whole else heads))
-    return o, slots, stats
+            pieces = heads * plan.chunks
+            parts, tips = carve(x, (sizes.types[1], pieces * F * E), (torch.float32, 2 * pieces * F))
+            flags = lowered(x, heads)
+        slots, stats = _state(state, heads, F, E)
+        launch(q, k, v, keep, o, slots, stats, parts, tips, flags)
+    return o, state
 
 
-def _state(q: Tensor, v: Tensor, features: FeatureMap, save: bool) -> tuple[Tensor, Tensor]:
-    """Return memory for slots, in float32 if gradients are taken from them, and for statistics, 3 B H F.
-
-    Gradients of projected maps need a number a query besides.
-    """
-    B, H, N, _ = q.shape
-    F, _, E = _padded(features, q, v)
-    slots = v.new_empty(B * H, F, E, dtype=torch.float32 if save else v.dtype)
-    rows = N if save and features.draws is not None else 0
-    return slots, q.new_empty(B * H * (3 * F + rows), dtype=torch.float32)
+def _state(state: Tensor | None, heads: int, F: int, E: int) -> tuple[View | None, View | None]:
+    """Return the slots (heads, F, E) and the statistics (3, heads, F) of a state."""
+    if state is None:
+        return None, None
+    return (
+        View(state, (heads, F, E), (F * E, E, 1), 0, torch.float32),
+        View(state, (3, heads, F), (heads * F, F, 1), heads * F * E, torch.float32),
+    )
 
 
 def _launch_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    features: FeatureMap,
-    o: Tensor | None,
-    do: Tensor,
-    slots: Tensor,
-    stats: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor | None:
-    """Write the gradients of queries, keys and values; return that of the shift, (H, D, D), if there is one."""
-    with on(q):
-        if o is not None:
-            sizes = _sizes(q, k, v, keep, features, True, o, do, dq, dv)
-            return projected_library.launch_backward(
-                sizes, q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)  # fmt: skip
-        launch, plan, F, E = _prepared_backward(_sizes(q, k, v, keep, features, True, do, dq, dv))
-        parts, lifts, dslots, heads = None, None, None, q.shape[0] * q.shape[1]
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, o: Tensor | None, do: Tensor, state: Tensor
+) -> tuple[Projection, Tensor | None]:
+    """Return the gradients of the inputs, and that of the shift, (H, D, D), if there is one."""
+    gradients = gradients_for(inputs)
+    dq, dk, dv = parts_of(gradients)
+    upstream = by_heads(do, inputs)
+    if o is not None:
+        output = by_heads(o, inputs)
+        sizes, parts = _sizes(inputs, keep, features, True, output, upstream, dq, dv)
+        others = output, upstream, dq, dk, dv
+        return gradients, projected_library.launch_backward(inputs, sizes, parts, keep, features, others, state)
+    sizes, (q, k, v) = _sizes(inputs, keep, features, True, upstream, dq, dv)
+    launch, plan, F, E = _prepared_backward(sizes)
+    x, (B, H, _, _) = inputs.x, sizes.queries
+    slots, stats = _state(state, B * H, F, E)
+    with on(x):
+        sums, lifts, dslots, flags = None, None, None, None
         if not plan.whole:
-            parts = q.new_empty(heads * plan.chunks, E, F, dtype=torch.float32)
-            lifts = q.new_empty(heads * ((plan.chunks + 1) * F + 1), dtype=torch.float32)
-            dslots = v.new_empty(heads, F, E)
-        flags = lowered(q, 0 if plan.whole else heads)
-        launch(q, k, v, keep, do, dq, dk, dv, slots, stats, parts, lifts, dslots, flags)
-        return None
-
-
-class _Attend(torch.autograd.Function):
-    """The eager path."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shift: Tensor | None, keep: Tensor | None, features: FeatureMap
-    ) -> Tensor:
-        o, slots, stats = _launch_forward(q, k, v, keep, features, True)
-        ctx.save_for_backward(q, k, v, shift, keep, features.draws, features.bank, _needed(o, features), slots, stats)
-        ctx.features = features._replace(draws=None, bank=None, shift=None)
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, k, v, shift, keep, draws, bank, o, slots, stats = ctx.saved_tensors
-        features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
-        return *_gradients(q, k, v, keep, features, o, do, slots, stats), None, None
+            pieces = B * H * plan.chunks
+            sums, lifts, dslots = carve(
+                x,
+                (torch.float32, pieces * E * F),
+                (torch.float32, (pieces + B * H) * F + B * H),
+                (sizes.types[1], B * H * F * E),
+            )
+            flags = lowered(x, B * H)
+        launch(q, k, v, keep, upstream, dq, dk, dv, slots, stats, sums, lifts, dslots, flags)
+        return gradients, None
 
 
 def _needed(o: Tensor, features: FeatureMap) -> Tensor | None:
@@ -257,116 +256,142 @@ def _needed(o: Tensor, features: FeatureMap) -> Tensor | None:
     return None if features.draws is None else o
 
 
-@full_precision
+class _Attend(torch.autograd.Function):
+    """The eager path."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        shift: Tensor | None,
+        heads: int,
+        keep: Tensor | None,
+        features: FeatureMap,
+    ) -> Tensor:
+        o, state = _launch_forward(Projection(x, heads, k, v), keep, features, True)
+        ctx.save_for_backward(x, k, v, shift, keep, features.draws, features.bank, _needed(o, features), state)
+        ctx.heads, ctx.features = heads, features._replace(draws=None, bank=None, shift=None)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        x, k, v, shift, keep, draws, bank, o, state = ctx.saved_tensors
+        features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
+        return *_gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state), None, None, None
+
+
 def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    features: FeatureMap,
-    o: Tensor | None,
-    do: Tensor,
-    slots: Tensor,
-    stats: Tensor,
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, o: Tensor | None, do: Tensor, state: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of queries, keys, values and shift."""
+    """Return the gradients of the inputs and of the shift."""
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
-        return tuple(_eager_gradients(q, k, v, keep, do, features))
-    dq, dk, dv = gradients_like(q, k, v)
-    if plain(q, k, v, do):
-        dshift = _launch_backward(q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)
+        return tuple(_eager_gradients(inputs, keep, features, do))
+    if not plain(inputs, do):
+        dx, dk, dv, dshift = _backward(*_flat(inputs), keep, *features, o, do, state)
     else:
-        dshift = _backward(q, k, v, keep, o, do, slots, stats, *features, dq, dk, dv)
-    return dq, dk, dv, None if features.shift is None or dshift is None else dshift.to(features.shift.dtype)
+        (dx, _, dk, dv), dshift = _launch_backward(inputs, keep, features, o, do, state)
+    shift = features.shift
+    found = dx, *((None, None) if inputs.k is None else (dk, dv))
+    return *found, None if shift is None or dshift is None else dshift.to(shift.dtype)
 
 
-def _eager_gradients(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, do: Tensor, features: FeatureMap
-) -> list[Tensor | None]:
+def _flat(inputs: Projection) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Return the inputs in the order of operators."""
+    return inputs.x, inputs.k, inputs.v, inputs.heads
+
+
+def _eager_gradients(inputs: Projection, keep: Tensor | None, features: FeatureMap, do: Tensor) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    q, k, v = (x.view_as(x) for x in (q, k, v))  # one may depend on another
-    inputs = [q, k, v, features.shift]
+    x, heads, k, v = inputs
+    x, k, v = x.view_as(x), apart(k), apart(v)  # one may depend on another
     mask = None if keep is None else keep.unsqueeze(-1).bool()
-    return differentiable_gradients(positive.linear(features.logs(q), features.logs(k), v, mask), inputs, do)
+    with no_autocast(do):
+        q, keys, values = Projection(x, heads, k, v).parts()
+        o = positive.linear(features.logs(q), features.logs(keys), values, mask)
+        if k is None:
+            o = o.transpose(1, 2).flatten(2)
+        return differentiable_gradients(o, [x, k, v, features.shift], do)
 
 
-@torch.library.custom_op("visionattn::positive", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _operate(
+    x: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    heads: int,
     keep: Tensor | None,
-    kind: str,
-    draws: Tensor | None,
-    bank: Tensor | None,
-    shift: Tensor | None,
-    gains: Sequence[float],
-    priors: Sequence[float],
-    square: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    features = FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
-    o, slots, stats = _launch_forward(q, k, v, keep, features, save)
-    if save and slots is not None and stats is not None:
-        return o, slots, stats
-    return o, v.new_empty(0), q.new_empty(0)
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *features, save = rest
+    o, state = _launch_forward(Projection(x, heads, k, v), keep, _map(features), save)
+    return o, state if save and state is not None else x.new_empty(0, dtype=torch.float32)
 
 
-@_forward.register_fake
+def _map(values: Sequence[Any]) -> FeatureMap:
+    """Return a map from an operator's arguments."""
+    kind, draws, bank, shift, gains, priors, square = values
+    return FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
+
+
 def _forward_shapes(
-    q: Tensor, k: Tensor, v: Tensor, keep: Any, kind: str, draws: Any, bank: Any, shift: Any, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not rest[-1]:
-        return output_like(v), v.new_empty(0), q.new_empty(0)
-    return output_like(v), *_state(q, v, FeatureMap(kind, draws, bank), True)
+    x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *features, save = rest
+    inputs = Projection(x, heads, k, v)
+    (B, H, N, D), _, (*_, E) = inputs.shapes()
+    rows = 0 if _map(features).draws is None else N
+    count = B * H * (padded(_map(features).features(D)) * (padded(E) + 3) + rows)
+    return output_for(inputs), x.new_empty(count if save else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("visionattn::positive_backward", mutates_args=("dq", "dk", "dv"))
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    o: Tensor | None,
-    do: Tensor,
-    slots: Tensor,
-    stats: Tensor,
-    kind: str,
-    draws: Tensor | None,
-    bank: Tensor | None,
-    shift: Tensor | None,
-    gains: Sequence[float],
-    priors: Sequence[float],
-    square: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
-    features = FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
-    dshift = _launch_backward(q, k, v, keep, features, o, do, slots, stats, dq, dk, dv)
-    return stats.new_empty(0) if dshift is None else dshift
+def _operate_backward(
+    x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *features, o, do, state = rest
+    (dx, _, dk, dv), dshift = _launch_backward(Projection(x, heads, k, v), keep, _map(features), o, do, state)
+    nothing = [x.new_empty(0) for _ in range(3)]
+    found = [one if one is not None else other for one, other in zip((dk, dv, dshift), nothing, strict=True)]
+    return dx, found[0], found[1], found[2]
 
 
-@_backward.register_fake
-def _backward_shapes(*inputs: Any) -> Tensor:
-    stats, shift = inputs[7], inputs[11]
-    return stats.new_empty(0 if shift is None else shift.shape)
+def _backward_shapes(
+    x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, _, dk, dv = gradients_for(Projection(x, heads, k, v))
+    shift = _map(rest[:-3]).shift
+    dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape, dtype=torch.float32)
+    return dx, x.new_empty(0) if dk is None else dk, x.new_empty(0) if dv is None else dv, dshift
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
-    o, *state = output
-    ctx.save_for_backward(q, k, v, keep, draws, bank, shift, None if draws is None else o, *state)
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, k, v, ctx.heads, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
+    o, state = output
+    ctx.save_for_backward(x, k, v, keep, draws, bank, shift, None if draws is None else o, state)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, do: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     if do is None:
-        return (None,) * 12
-    q, k, v, keep, draws, bank, shift, o, *state = ctx.saved_tensors
-    features = FeatureMap(ctx.kind, draws, bank, shift, tuple(ctx.gains), tuple(ctx.priors), ctx.square)
-    dq, dk, dv, dshift = _gradients(q, k, v, keep, features, o, do, *state)
-    return dq, dk, dv, None, None, None, None, dshift, None, None, None, None
+        return (None,) * 13
+    x, k, v, keep, draws, bank, shift, o, state = ctx.saved_tensors
+    features = _map((ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square))
+    dx, dk, dv, dshift = _gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state)
+    return dx, dk, dv, None, None, None, None, None, dshift, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+INPUTS = "Tensor x, Tensor? k, Tensor? v, int heads, Tensor? keep"
+MAP = "str kind, Tensor? draws, Tensor? bank, Tensor? shift, float[] gains, float[] priors, float square"
+
+_forward = operator(
+    f"positive({INPUTS}, {MAP}, bool save) -> (Tensor, Tensor)",
+    _operate,
+    _forward_shapes,
+    _differentiate,
+    _remember,
+)
+_backward = operator(
+    f"positive_backward({INPUTS}, {MAP}, Tensor? o, Tensor do, Tensor state) -> (Tensor, Tensor, Tensor, Tensor)",
+    _operate_backward,
+    _backward_shapes,
+)

@@ -13,16 +13,22 @@ from torch import Tensor
 from visionattn.ops import distance, ela_direction, signed
 from visionattn.ops.fused import moments as kernels
 from visionattn.ops.fused.buffers import (
+    Memory,
+    apart,
+    by_heads,
     differentiable_gradients,
-    full_precision,
-    gradients_like,
+    gradients_for,
     mask_for,
     mask_strides,
-    output_like,
+    no_autocast,
+    output_for,
     padded,
+    parts_of,
 )
 from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
+from visionattn.ops.fused.operators import operator
 from visionattn.ops.fused.plan import Plan, plan_moments, plan_moments_backward, smaller
+from visionattn.ops.packing import Projection
 
 KINDS = {"sum": kernels.SUM.value, "diff": kernels.DIFF.value, "direction": kernels.DIRECTION.value}
 
@@ -30,27 +36,27 @@ HALF_PRECISION = "bf16x3"
 """How float32 numbers are multiplied where inputs and outputs are in half precision."""
 
 
-def attend_moments(q: Tensor, k: Tensor, v: Tensor, kind: str, keep: Tensor | None = None) -> Tensor:
+def attend_moments(inputs: Projection, kind: str, keep: Tensor | None = None) -> Tensor:
     """Attend over all tokens by fused kernels.
 
     Args:
-        q: (B, H, N, D), of any strides; as k and v, in float16, bfloat16 or float32.
-        k: (B, H, N, D).
-        v: (B, H, N, E).
+        inputs: queries, keys and values, of any strides, in float16, bfloat16 or float32.
         kind: of the kernel: ``sum``, ``|q + k|^2``; ``diff``, ``|q - k|^2``; ``direction``, that of
             :mod:`visionattn.ops.ela_direction`.
         keep: key mask, broadcastable to (B, H, N, 1). A head without any key gets zeros.
 
     Returns:
-        (B, H, N, E), in memory as (B, N, H, E).
+        (B, H, N, E), in memory as (B, N, H, E); of packed inputs, (B, N, H E).
     """
-    keep = mask_for(keep, q)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not plain(q, k, v):
-        return _forward(q, k, v, keep, kind, save)[0]
+    x, heads, k, v = inputs
+    keep = mask_for(keep, inputs)
+    save = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in (x, k, v))
+    if not plain(inputs):
+        o: Tensor = _forward(x, k, v, heads, keep, kind, save)[0]
+        return o
     if save:
-        return _Attend.apply(q, k, v, keep, kind)
-    return _launch_forward(q, k, v, keep, kind, False)[0]
+        return _Attend.apply(x, k, v, heads, keep, kind)
+    return _launch_forward(inputs, keep, kind, False)[0]
 
 
 class Sizes(NamedTuple):
@@ -75,17 +81,20 @@ class Sizes(NamedTuple):
     flags: tuple[bool, ...]
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kind: str, save: bool, *others: Tensor) -> Sizes:
-    """Return the sizes of a call; ``others`` are further tensors of any strides."""
+def _sizes(
+    inputs: Projection, keep: Tensor | None, kind: str, save: bool, *others: Memory
+) -> tuple[Sizes, tuple[Memory, Memory, Memory]]:
+    """Return the sizes of a call, and queries, keys and values; ``others`` is further memory of any strides."""
+    q, k, v = parts = parts_of(inputs)
     return Sizes(
         q.shape,
         v.shape[-1],
-        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *(x.stride() for x in others)),
-        (q.dtype, v.dtype, q.device.index),
-        aligned(q, k, v, *others),
+        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *[x.stride() for x in others]),
+        (q.dtype, v.dtype, inputs.x.device.index),
+        aligned(q, k, v, keep, *others),
         kind,
         (keep is not None, save),
-    )
+    ), parts
 
 
 def _precision(sizes: Sizes) -> str:
@@ -131,131 +140,150 @@ def _prepared_backward(sizes: Sizes) -> tuple[Launch, Plan]:
     return Launch(kernels.backward, options), best
 
 
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kind: str, save: bool
-) -> tuple[Tensor, Tensor | None]:
+def _launch_forward(inputs: Projection, keep: Tensor | None, kind: str, save: bool) -> tuple[Tensor, Tensor | None]:
     """Return the output and, if it is saved, the state of all heads."""
-    launch, plan = _prepared_forward(_sizes(q, k, v, keep, kind, save))
-    heads = q.shape[0] * q.shape[1]
-    with on(q):
-        o, state, parts = output_like(v), None, None
+    sizes, (q, k, v) = _sizes(inputs, keep, kind, save)
+    launch, plan = _prepared_forward(sizes)
+    x, heads = inputs.x, sizes.queries[0] * sizes.queries[1]
+    with on(x):
+        o, state, parts, flags = output_for(inputs), None, None, None
         if save or not plan.whole:
-            state = _states(q, v, heads)
+            state = _states(x, sizes.queries[-1], sizes.width, heads)
         if not plan.whole:
-            parts = _states(q, v, heads * plan.chunks)
-        launch(q, k, v, keep, o, state, parts, lowered(q, 0 if plan.whole else heads))
+            parts, flags = _states(x, sizes.queries[-1], sizes.width, heads * plan.chunks), lowered(x, heads)
+        launch(q, k, v, keep, o, state, parts, flags)
     return o, state
 
 
-def _launch_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    do: Tensor,
-    state: Tensor,
-    kind: str,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Write the gradients of queries, keys and values."""
-    launch, plan = _prepared_backward(_sizes(q, k, v, keep, kind, True, do, dq, dv))
-    heads = q.shape[0] * q.shape[1]
-    with on(q):
-        dstate, parts = None, None
+def _launch_backward(inputs: Projection, keep: Tensor | None, kind: str, do: Tensor, state: Tensor) -> Projection:
+    """Return the gradients of the inputs."""
+    gradients = gradients_for(inputs)
+    dq, dk, dv = parts_of(gradients)
+    upstream = by_heads(do, inputs)
+    sizes, (q, k, v) = _sizes(inputs, keep, kind, True, upstream, dq, dv)
+    launch, plan = _prepared_backward(sizes)
+    x, heads = inputs.x, sizes.queries[0] * sizes.queries[1]
+    with on(x):
+        dstate, parts, flags = None, None, None
         if not plan.whole:
-            dstate, parts = torch.empty_like(state), _states(q, v, heads * plan.chunks)
-        flags = lowered(q, 0 if plan.whole else heads)
-        launch(q, k, v, keep, do, dq, dk, dv, state, dstate, parts, flags)
+            dstate, flags = torch.empty_like(state), lowered(x, heads)
+            parts = _states(x, sizes.queries[-1], sizes.width, heads * plan.chunks)
+        launch(q, k, v, keep, upstream, dq, dk, dv, state, dstate, parts, flags)
+    return gradients
 
 
 class _Attend(torch.autograd.Function):
     """The eager path."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kind: str) -> Tensor:
-        o, state = _launch_forward(q, k, v, keep, kind, True)
-        ctx.save_for_backward(q, k, v, keep, state)
-        ctx.kind = kind
+    def forward(
+        ctx: Any, x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Tensor | None, kind: str
+    ) -> Tensor:
+        o, state = _launch_forward(Projection(x, heads, k, v), keep, kind, True)
+        ctx.save_for_backward(x, k, v, keep, state)
+        ctx.heads, ctx.kind = heads, kind
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        q, k, v, keep, state = ctx.saved_tensors
-        return *_gradients(q, k, v, keep, do, state, ctx.kind), None, None
+        x, k, v, keep, state = ctx.saved_tensors
+        return *_gradients(Projection(x, ctx.heads, k, v), keep, ctx.kind, do, state), None, None, None
 
 
-@full_precision
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, do: Tensor, state: Tensor, kind: str
+    inputs: Projection, keep: Tensor | None, kind: str, do: Tensor, state: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of queries, keys and values."""
+    """Return the gradients of the inputs."""
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
-        return tuple(_eager_gradients(q, k, v, keep, do, kind))
-    dq, dk, dv = gradients_like(q, k, v)
-    write = _launch_backward if plain(q, k, v, do) else _backward
-    write(q, k, v, keep, do, state, kind, dq, dk, dv)
-    return dq, dk, dv
-
-
-def _eager_gradients(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, do: Tensor, kind: str
-) -> list[Tensor | None]:
-    """Differentiate the eager formula, differentiably."""
-    inputs = q, k, v = [x.view_as(x) for x in (q, k, v)]  # one may depend on another
-    mask = None if keep is None else keep.unsqueeze(-1).bool()
-    if kind == "direction":
-        o = signed.linear(ela_direction.query_features(q), ela_direction.key_features(k), v, mask)
+        return tuple(_eager_gradients(inputs, keep, kind, do))
+    x, heads, k, v = inputs
+    if plain(inputs, do):
+        dx, _, dk, dv = _launch_backward(inputs, keep, kind, do, state)
     else:
-        o = distance.linear(q, -k if kind == "diff" else k, v, mask)
-    return differentiable_gradients(o, inputs, do)
+        dx, dk, dv = _backward(x, k, v, heads, keep, kind, do, state)
+    return dx, *((None, None) if k is None else (dk, dv))
 
 
-@torch.library.custom_op("visionattn::moments", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, kind: str, save: bool) -> tuple[Tensor, Tensor]:
-    o, state = _launch_forward(q, k, v, keep, kind, save)
-    return o, state if save and state is not None else q.new_empty(0)
+def _eager_gradients(inputs: Projection, keep: Tensor | None, kind: str, do: Tensor) -> list[Tensor | None]:
+    """Differentiate the eager formula, differentiably."""
+    x, heads, k, v = inputs
+    x, k, v = x.view_as(x), apart(k), apart(v)  # one may depend on another
+    mask = None if keep is None else keep.unsqueeze(-1).bool()
+    with no_autocast(do):
+        q, keys, values = Projection(x, heads, k, v).parts()
+        if kind == "direction":
+            o = signed.linear(ela_direction.query_features(q), ela_direction.key_features(keys), values, mask)
+        else:
+            o = distance.linear(q, -keys if kind == "diff" else keys, values, mask)
+        if k is None:
+            o = o.transpose(1, 2).flatten(2)
+        return differentiable_gradients(o, [x, k, v], do)
 
 
-@_forward.register_fake
-def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, keep: Any, kind: str, save: bool) -> tuple[Tensor, Tensor]:
-    return output_like(v), _states(q, v, q.shape[0] * q.shape[1]) if save else q.new_empty(0)
+def _states(x: Tensor, width: int, value_width: int, count: int) -> Tensor:
+    """Return memory for states, each of them a row, of heads and values of some widths."""
+    D, E = padded(width), padded(value_width)
+    return x.new_empty(count, D * E + D + 2 * E + 16, dtype=torch.float32)
 
 
-@torch.library.custom_op("visionattn::moments_backward", mutates_args=("dq", "dk", "dv"))
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _operate(
+    x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Tensor | None, kind: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    o, state = _launch_forward(Projection(x, heads, k, v), keep, kind, save)
+    return o, state if save and state is not None else x.new_empty(0, dtype=torch.float32)
+
+
+def _forward_shapes(
+    x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Any, kind: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    inputs = Projection(x, heads, k, v)
+    (B, H, _, D), _, (*_, E) = inputs.shapes()
+    return output_for(inputs), _states(x, D, E, B * H) if save else x.new_empty(0, dtype=torch.float32)
+
+
+def _operate_backward(
+    x: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    heads: int,
     keep: Tensor | None,
+    kind: str,
     do: Tensor,
     state: Tensor,
-    kind: str,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    _launch_backward(q, k, v, keep, do, state, kind, dq, dk, dv)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _known(x, _launch_backward(Projection(x, heads, k, v), keep, kind, do, state))
+
+
+def _backward_shapes(x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, *_: Any) -> tuple[Tensor, ...]:
+    return _known(x, gradients_for(Projection(x, heads, k, v)))
+
+
+def _known(x: Tensor, gradients: Projection) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients as an operator does, with nothing, for tensors that packed inputs do not have."""
+    dx, _, dk, dv = gradients
+    return dx, x.new_empty(0) if dk is None else dk, x.new_empty(0) if dv is None else dv
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, keep, ctx.kind, _ = inputs
-    ctx.save_for_backward(q, k, v, keep, output[1])
+    x, k, v, ctx.heads, keep, ctx.kind, _ = inputs
+    ctx.save_for_backward(x, k, v, keep, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     if do is None:
-        return (None,) * 6
-    q, k, v, keep, state = ctx.saved_tensors
-    return *_gradients(q, k, v, keep, do, state, ctx.kind), None, None, None
+        return (None,) * 7
+    x, k, v, keep, state = ctx.saved_tensors
+    return *_gradients(Projection(x, ctx.heads, k, v), keep, ctx.kind, do, state), None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+INPUTS = "Tensor x, Tensor? k, Tensor? v, int heads, Tensor? keep, str kind"
 
-
-def _states(q: Tensor, v: Tensor, count: int) -> Tensor:
-    """Return memory for states, each of them a row."""
-    D, E = padded(q.shape[-1]), padded(v.shape[-1])
-    return q.new_empty(count, D * E + D + 2 * E + 16, dtype=torch.float32)
+_forward = operator(
+    f"moments({INPUTS}, bool save) -> (Tensor, Tensor)", _operate, _forward_shapes, _differentiate, _remember
+)
+_backward = operator(
+    f"moments_backward({INPUTS}, Tensor do, Tensor state) -> (Tensor, Tensor, Tensor)",
+    _operate_backward,
+    _backward_shapes,
+)

@@ -243,12 +243,20 @@ def _row_logs(high, low, size, t_high, t_low, draws, spread, gain, MAP: tl.const
 
 
 @triton.jit
-def _add_gradient(dz, dx, dt, draws, spread, gain, MAP: tl.constexpr, P: tl.constexpr):
-    """Add what the gradient of a tile's natural logarithms, (BLOCK, T), gives to those of tokens and of anchors."""
+def _add_gradient(dz, dx, dt, draws, spread, gain, MAP: tl.constexpr, TWICE: tl.constexpr, P: tl.constexpr):
+    """Add what the gradient of a tile's natural logarithms, (BLOCK, T), gives to those of tokens and of anchors.
+
+    TWICE: what rounding to half precision leaves out is multiplied, too. Gradients of keys need it, which are sums of
+    terms that nearly cancel.
+    """
     if MAP == SPHERE:
         dt = tl.dot(dz.to(spread.dtype), spread, dt, input_precision=P)
         dz = dz * gain[None, :]
-    return tl.dot(dz.to(draws.dtype), draws, dx, input_precision=P), dt
+    high = dz.to(draws.dtype)
+    dx = tl.dot(high, draws, dx, input_precision=P)
+    if TWICE:
+        dx = tl.dot((dz - high.to(tl.float32)).to(draws.dtype), draws, dx, input_precision=P)
+    return dx, dt
 
 
 @triton.jit
@@ -533,7 +541,7 @@ def _query_block(
         weights = tl.exp2(z + level[None, :] - lse[:, None])
         dweights = tl.dot(g, tl.trans(slots), input_precision=P)
         dz = weights * (dweights - delta[:, None])
-        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, P)
+        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, False, P)
     if MAP == RANDOM:
         dx = dx * (gains[0] / LOG2E)
     dx, dwarp = _input_gradient(x, wide, size, t, dx, dt, bank, warp, warp_low, gains, dwarp, MAP, WARPED, P)
@@ -634,7 +642,7 @@ def _key_block(
         dy = tl.dot(weights.to(y.dtype), dslots, dy, input_precision=P)
         dweights = tl.dot(y, tl.trans(dslots), input_precision=P)
         dz = weights * (dweights - pull[None, :])
-        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, P)
+        dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, True, P)
         if MAP == RANDOM:
             total += tl.sum(dz, 1)
     store_rows(dv, dy * scale, at, stop, sen, VALUE_WIDTH, BLOCK, E, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from visionattn.ops.fused import projected as kernels
-from visionattn.ops.fused.buffers import padded
-from visionattn.ops.fused.launch import Launch, Option, lowered
+from visionattn.ops.fused.buffers import Memory, View, carve, output_for, padded
+from visionattn.ops.fused.launch import Launch, Option, lowered, on
 from visionattn.ops.fused.plan import Plan, plan_projected, plan_projected_backward, smaller
 
 if TYPE_CHECKING:
     from visionattn.ops.fused.library import Sizes
     from visionattn.ops.fused.maps import FeatureMap
+    from visionattn.ops.packing import Projection
 
 KINDS = {"random": kernels.RANDOM.value, "sphere": kernels.SPHERE.value}
 
@@ -90,51 +92,59 @@ def _flags(x: Tensor, heads: int, units: int) -> Tensor | None:
     return lowered(x, heads * -(-(3 + units) // 2))
 
 
+def _statistics(state: Tensor, heads: int, F: int, E: int) -> View:
+    """Return what a state has after its slots."""
+    return View(state, (3, heads, F), (heads * F, F, 1), heads * F * E, torch.float32)
+
+
 def launch_forward(
-    sizes: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    features: FeatureMap,
-    o: Tensor,
-    slots: Tensor,
-    stats: Tensor,
-) -> None:
-    """Write the output and the state: slots (B H, F, E), and statistics (3, B H, F) followed by lse (B H, N)."""
+    inputs: Projection, sizes: Sizes, parts: Sequence[Memory], keep: Tensor | None, features: FeatureMap
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the state: slots (B H, F, E), statistics (3, B H, F), and lse (B H, N) if it is saved."""
     launch, plan, heads, F, E = _prepared_forward(sizes)
-    parts, tips = None, None
-    if not plan.whole:
-        parts = v.new_empty(heads * plan.chunks, F, E)
-        tips = q.new_empty(2, heads * plan.chunks, F, dtype=torch.float32)
-    _, draws, bank, shift, *_ = features
-    launch(q, k, v, keep, draws, bank, shift, o, slots, stats, parts, tips, _flags(q, heads, F // plan.unit))
+    x, rows = inputs.x, sizes.queries[2] if sizes.flags[-1] else 0
+    with on(x):
+        o, sums, tips = output_for(inputs), None, None
+        state = x.new_empty(heads * (F * (E + 3) + rows), dtype=torch.float32)
+        if not plan.whole:
+            pieces = heads * plan.chunks
+            sums, tips = carve(x, (sizes.types[1], pieces * F * E), (torch.float32, 2 * pieces * F))
+        launch(*parts, keep, features.draws, features.bank, features.shift, o, state, _statistics(state, heads, F, E),
+               sums, tips, _flags(x, heads, F // plan.unit))  # fmt: skip
+    return o, state
 
 
 def launch_backward(
+    inputs: Projection,
     sizes: Sizes,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    parts: Sequence[Memory],
     keep: Tensor | None,
     features: FeatureMap,
-    o: Tensor,
-    do: Tensor,
-    slots: Tensor,
-    stats: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    others: Sequence[Memory],
+    state: Tensor,
 ) -> Tensor | None:
-    """Write the gradients of queries, keys and values; return that of the shift, (H, D, D), if there is one."""
+    """Write the gradients of queries, keys and values; return that of the shift, (H, D, D), if there is one.
+
+    Args:
+        inputs: as they came.
+        sizes: of the call.
+        parts: queries, keys and values.
+        keep: key mask.
+        features: the map.
+        others: the output and its gradient, and memory for the gradients of queries, keys and values.
+        state: what the forward pass returned.
+    """
     launch, plan, heads, F, E = _prepared_backward(sizes)
-    _, H, N, D = sizes.queries
-    parts = q.new_empty(heads * plan.chunks, F, E, dtype=torch.float32)
-    lifts = q.new_empty(heads * ((plan.chunks + 2) * F + N), dtype=torch.float32)
-    dslots, dwarp = v.new_empty(heads, F, E), None
-    _, draws, bank, shift, *_ = features
-    if shift is not None:
-        dwarp = q.new_empty(2 * plan.readers * heads, D, D, dtype=torch.float32)
-    launch(q, k, v, keep, draws, bank, shift, o, do, dq, dk, dv, dwarp, slots, stats, parts, lifts, dslots,
-           _flags(q, heads, F // plan.unit))  # fmt: skip
-    return None if dwarp is None else dwarp.view(-1, H, D, D).sum(0)
+    x, (_, H, N, D), dwarp = inputs.x, sizes.queries, None
+    with on(x):
+        sums, lifts, dslots = carve(
+            x,
+            (torch.float32, heads * plan.chunks * F * E),
+            (torch.float32, heads * ((plan.chunks + 2) * F + N)),
+            (sizes.types[1], heads * F * E),
+        )
+        if features.shift is not None:
+            dwarp = x.new_empty(2 * plan.readers * heads, D, D, dtype=torch.float32)
+        launch(*parts, keep, features.draws, features.bank, features.shift, *others, dwarp, state,
+               _statistics(state, heads, F, E), sums, lifts, dslots, _flags(x, heads, F // plan.unit))  # fmt: skip
+        return None if dwarp is None else dwarp.view(-1, H, D, D).sum(0)
