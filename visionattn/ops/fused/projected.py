@@ -518,19 +518,22 @@ def _query_block(
 ):  # fmt: skip
     """Store the gradients of a block of queries, and the products of their outputs with the outputs' gradients.
 
-    With weights p of a query and the gradient g of its output y, the gradient of z is ``p (slots g - y.g)``.
+    With weights p of a query and the gradient g of its output y, the gradient of z is ``p (slots g - y.g)``. Outputs are
+    rounded: what is left of the sum of that gradient, which is zero, says by how much y.g is wrong.
     """
     x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, True)
     g = load_rows(do, at, stop, sgn, sgd, VALUE_WIDTH, BLOCK, E, True)
     y = load_rows(o, at, stop, son, 1, VALUE_WIDTH, BLOCK, E, True)
     n = at + tl.arange(0, BLOCK)
     delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-    tl.store(delta_out + n, delta, mask=n < stop)
     lse = tl.load(lse_in + n, mask=n < stop, other=-NEVER)
     FINE: tl.constexpr = WARPED or x.dtype != dtype
     wide, high, low, size, t, t_high, t_low = _seen_rows(x, bank, warp, warp_low, square, dtype, MAP, WARPED, P)
     dx = tl.zeros([BLOCK, D], tl.float32)
     dt = tl.zeros([BLOCK, BANKS], tl.float32)
+    mean_x = tl.zeros([BLOCK, D], tl.float32)
+    mean_t = tl.zeros([BLOCK, BANKS], tl.float32)
+    left = tl.zeros([BLOCK], tl.float32)
     for tile in tl.static_range(F // TILE):
         draws, spread, slots = _tile_of(
             tiles, draws_in, slots_in, 0, 0, h, head, heads, draws_each, banks, tile, dtype, FEATURES, WIDTH, F, D, E,
@@ -542,6 +545,11 @@ def _query_block(
         dweights = tl.dot(g, tl.trans(slots), input_precision=P)
         dz = weights * (dweights - delta[:, None])
         dx, dt = _add_gradient(dz, dx, dt, draws, spread, gain, MAP, False, P)
+        mean_x, mean_t = _add_gradient(weights, mean_x, mean_t, draws, spread, gain, MAP, False, P)
+        left += tl.sum(dz, 1)
+    dx -= left[:, None] * mean_x
+    dt -= left[:, None] * mean_t
+    tl.store(delta_out + n, delta + left, mask=n < stop)
     if MAP == RANDOM:
         dx = dx * (gains[0] / LOG2E)
     dx, dwarp = _input_gradient(x, wide, size, t, dx, dt, bank, warp, warp_low, gains, dwarp, MAP, WARPED, P)
