@@ -12,14 +12,14 @@ pytest.importorskip("triton", reason="kernels need Triton")
 from visionattn.attention import ATTENTION, Attention, LinearAttention
 from visionattn.errors import UnsupportedError
 from visionattn.ops import positive, switch
-from visionattn.ops.fused import FeatureMap, library, softmax_features, yat_features
-from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward
+from visionattn.ops.fused import FeatureMap, library, projected_library, softmax_features, yat_features
+from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, plan_projected, plan_projected_backward
 from visionattn.ops.packing import Projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D = 16
-SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2)
-WHOLE = SPLIT._replace(chunks=1, readers=1)
+SPLIT = Plan(chunks=3, readers=2, block=16, query_block=32, warps=4, stages=2, unit=32, tile=16)
+WHOLE = SPLIT._replace(chunks=1, readers=1, hold=True)
 
 
 def random_map(warped: bool, width: int) -> FeatureMap:
@@ -46,10 +46,12 @@ def made(name: str, width: int = D) -> FeatureMap:
 @pytest.fixture(params=[WHOLE, SPLIT], ids=["whole", "split"], autouse=True)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for name in ("plan_forward", "plan_backward"):
-        monkeypatch.setattr(library, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
-    library._prepared_forward.cache_clear()
-    library._prepared_backward.cache_clear()
+    for room in (library, projected_library):
+        for name in ("plan_forward", "plan_backward", "plan_projected", "plan_projected_backward"):
+            if hasattr(room, name):
+                monkeypatch.setattr(room, name, lambda tokens, *_: request.param if tokens > 32 else WHOLE)
+        room._prepared_forward.cache_clear()
+        room._prepared_backward.cache_clear()
 
 
 def inputs(tokens: int, dtype: torch.dtype, value_width: int = D, scale: float = 1.0, width: int = D) -> list[Tensor]:
@@ -105,6 +107,23 @@ def test_the_same_bits_twice_and_with_or_without_gradients(name: str) -> None:
         assert torch.equal(library.attend(Projection(x[0], x[0].shape[1], *x[1:3]), features), first[0])
 
 
+@pytest.mark.parametrize("name", ["performer", "dark", "slay"])
+def test_masked_keys_of_projected_maps(name: str) -> None:
+    features, (q, k, v, g) = made(name), inputs(40, torch.float32)
+    keep = torch.rand(2, 1, 40, 1, device=DEVICE) < 0.6
+    keep[0] = False  # a head without any key gets zeros
+    wanted = [q, k, v] + ([] if features.shift is None else [features.shift])
+    out = library.attend(Projection(q, q.shape[1], k, v), features, keep)
+    found = torch.autograd.grad(out, wanted, g.detach())
+    double, map_in_double = in_double([q, k, v, g], features)
+    wanted = [*double[:3]] + ([] if features.shift is None else [map_in_double.shift])
+    truth = positive.linear(map_in_double.logs(double[0]), map_in_double.logs(double[1]), double[2], keep)
+    assert not out[0].any()
+    assert error(out.detach(), truth.detach()) < 1e-5
+    for fused, exact in zip(found, torch.autograd.grad(truth, wanted, double[3]), strict=True):
+        assert error(fused, exact) < 1e-4
+
+
 @pytest.mark.parametrize("name", ["exp", "elu", "relu"])
 def test_long_vectors_and_lonely_features(name: str) -> None:
     features, x = made(name), inputs(40, torch.float16, scale=60.0)
@@ -140,17 +159,19 @@ def test_second_derivative(name: str) -> None:
     assert error(penalty(x, features, False), penalty(*in_double(x, features), True)) < 1e-4
 
 
-def test_operators_are_registered_soundly() -> None:
+@pytest.mark.parametrize("name", ["exp", "dark", "slay"])
+def test_operators_are_registered_soundly(name: str) -> None:
     q, k, v, _ = inputs(20, torch.float16)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    features = ("exp", None, None, None, (1.0,), (0.0,), 0.0)
+    features = made(name)
     for tensors in ((q, k, v), (torch.randn(2, 20, 96, device=DEVICE).half().requires_grad_(), None, None)):
         arguments = (*tensors, 2, None, *features, True)
         torch.library.opcheck(library._forward, arguments, test_utils=checks)
         with torch.no_grad():
             o, state = library._forward(*arguments)
+            output = None if features.draws is None else o
             torch.library.opcheck(
-                library._backward, (*arguments[:-1], torch.ones_like(o), state), test_utils=checks[:2]
+                library._backward, (*arguments[:-1], output, torch.ones_like(o), state), test_utils=checks[:2]
             )
 
 
@@ -225,6 +246,13 @@ def test_plans_depend_on_shapes_and_fit_all_of_them() -> None:
         for tokens in (1, 196, 1000, 4096, 65536):
             for heads in (1, 6, 384):
                 for half in (False, True):
-                    sizes = plan(tokens, heads, 64, 64, half)
+                    sizes = plan(tokens, heads, 64, half)
                     assert sizes.chunks == 1 or sizes.chunks <= tokens // sizes.block  # no chunk is empty
-                    assert plan(tokens, heads, 64, 64, half) == sizes
+                    assert plan(tokens, heads, 64, half) == sizes
+    for projected in (plan_projected, plan_projected_backward):
+        for tokens in (1, 64, 196, 1000, 4096, 65536):
+            for heads in (1, 6, 384):
+                for features, plain in ((16, True), (64, False), (256, True), (256, False)):
+                    sizes = projected(tokens, heads, features, 64, plain)
+                    assert max(sizes.chunks, sizes.readers) <= -(-tokens // max(sizes.block, sizes.query_block))
+                    assert features % sizes.unit == sizes.unit % sizes.tile == 0

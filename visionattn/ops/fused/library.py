@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
+from visionattn.ops.fused import projected_library
 from visionattn.ops.fused.buffers import (
     Memory,
     View,
@@ -39,11 +40,7 @@ KINDS = {
     "exp": kernels.EXP.value,
     "elu": kernels.ELU.value,
     "relu": kernels.RELU.value,
-    "random": kernels.RANDOM.value,
-    "sphere": kernels.SPHERE.value,
 }
-
-LOG2E = kernels.LOG2E.value
 
 HELD = 64
 """Width up to which programs with projections hold a warp, and values, at a time."""
@@ -148,28 +145,26 @@ def _sizes(
     ), parts
 
 
-def _constants(sizes: Sizes) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    """Return the padded F, D and E, and the constants of compilation that both kernels begin with."""
-    D, each = sizes.queries[-1], sizes.draws[2] if sizes.draws else 1
-    count = sizes.draws[0] * each * sizes.banks if sizes.draws else D
-    F, wide, E = padded(count), padded(D), padded(sizes.width)
-    return (F, wide, E), (count, D, sizes.width, F, wide, E, padded(sizes.banks))
+def _constants(sizes: Sizes) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Return the padded D, that of features too, and E, and the constants of compilation that both kernels have."""
+    D = sizes.queries[-1]
+    F, E = padded(D), padded(sizes.width)
+    return (F, E), (D, D, sizes.width, F, F, E)
 
 
 @lru_cache(maxsize=1024)
 def _prepared_forward(sizes: Sizes) -> Prepared:
-    (F, D, E), constants = _constants(sizes)
+    (F, E), constants = _constants(sizes)
     B, H, N, _ = sizes.queries
-    best = plan_forward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
-    (gains, priors, square), (warped, masked, save) = sizes.numbers, sizes.flags
+    best = plan_forward(N, B * H, max(F, E), sizes.types[0] != torch.float32)
+    _, masked, save = sizes.flags
     strides = (*chain(*sizes.strides), N * H * sizes.width, sizes.width, H * sizes.width)
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), _scaled(priors), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
             *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.stages, KINDS[sizes.kind]),
-            *(warped, masked, plan.whole, save, "ieee"),
+            *(masked, plan.whole, save, "ieee"),
         )
         options.append(Option(plan.grid(B * H), arguments, plan.warps))
     return Prepared(Launch(kernels.forward, options), best, F, E)
@@ -177,26 +172,20 @@ def _prepared_forward(sizes: Sizes) -> Prepared:
 
 @lru_cache(maxsize=1024)
 def _prepared_backward(sizes: Sizes) -> Prepared:
-    (F, D, E), constants = _constants(sizes)
+    (F, E), constants = _constants(sizes)
     B, H, N, _ = sizes.queries
-    best = plan_backward(N, B * H, F, max(D, E), sizes.types[0] != torch.float32)
-    (gains, _, square), (warped, masked, _) = sizes.numbers, sizes.flags
+    best = plan_backward(N, B * H, max(F, E), sizes.types[0] != torch.float32)
+    _, masked, _ = sizes.flags
     *inputs, upstream, dq, dv = sizes.strides
     strides = (*chain(*inputs), *upstream, *dq[:3], *dv[:3])
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), LOG2E * square, sizes.draws[2] if sizes.draws else 1, sizes.banks),
             *(*strides, H, N, B * H * plan.chunks, plan.chunks, plan.readers),
-            *(*constants, plan.block, plan.stages, KINDS[sizes.kind], warped, masked, plan.whole, "ieee"),
+            *(*constants, plan.block, plan.stages, KINDS[sizes.kind], masked, plan.whole, "ieee"),
         )
         options.append(Option(plan.grid(B * H), arguments, plan.warps))
     return Prepared(Launch(kernels.backward, options), best, F, E)
-
-
-def _scaled(values: Sequence[float]) -> tuple[float, ...]:
-    """Return natural logarithms as logarithms to base 2."""
-    return tuple(LOG2E * x for x in values)
 
 
 def _launch_forward(
@@ -204,6 +193,8 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, if it is saved, the state of all heads."""
     sizes, (q, k, v) = _sizes(inputs, keep, features, save)
+    if features.draws is not None:
+        return projected_library.launch_forward(inputs, sizes, (q, k, v), keep, features)
     launch, plan, F, E = _prepared_forward(sizes)
     x, heads = inputs.x, sizes.queries[0] * sizes.queries[1]
     with on(x):
@@ -215,7 +206,7 @@ def _launch_forward(
             parts, tips = carve(x, (sizes.types[1], pieces * F * E), (torch.float32, 2 * pieces * F))
             flags = lowered(x, heads)
         slots, stats = _state(state, heads, F, E)
-        launch(q, k, v, keep, features.draws, features.bank, features.shift, o, slots, stats, parts, tips, flags)
+        launch(q, k, v, keep, o, slots, stats, parts, tips, flags)
     return o, state
 
 
@@ -230,41 +221,39 @@ def _state(state: Tensor | None, heads: int, F: int, E: int) -> tuple[View | Non
 
 
 def _launch_backward(
-    inputs: Projection, keep: Tensor | None, features: FeatureMap, do: Tensor, state: Tensor
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, o: Tensor | None, do: Tensor, state: Tensor
 ) -> tuple[Projection, Tensor | None]:
     """Return the gradients of the inputs, and that of the shift, (H, D, D), if there is one."""
     gradients = gradients_for(inputs)
     dq, dk, dv = parts_of(gradients)
     upstream = by_heads(do, inputs)
+    if o is not None:
+        output = by_heads(o, inputs)
+        sizes, parts = _sizes(inputs, keep, features, True, output, upstream, dq, dv)
+        others = output, upstream, dq, dk, dv
+        return gradients, projected_library.launch_backward(inputs, sizes, parts, keep, features, others, state)
     sizes, (q, k, v) = _sizes(inputs, keep, features, True, upstream, dq, dv)
     launch, plan, F, E = _prepared_backward(sizes)
-    x, (B, H, _, D) = inputs.x, sizes.queries
+    x, (B, H, _, _) = inputs.x, sizes.queries
     slots, stats = _state(state, B * H, F, E)
     with on(x):
-        parts, lifts, dslots, dwarp, flags = None, None, None, None, None
+        sums, lifts, dslots, flags = None, None, None, None
         if not plan.whole:
             pieces = B * H * plan.chunks
-            parts, lifts, dslots = carve(
+            sums, lifts, dslots = carve(
                 x,
                 (torch.float32, pieces * E * F),
                 (torch.float32, (pieces + B * H) * F + B * H),
                 (sizes.types[1], B * H * F * E),
             )
             flags = lowered(x, B * H)
-        if features.shift is not None:
-            dwarp = x.new_empty(*plan.grid(B * H), D, D, dtype=torch.float32)
-        _, draws, bank, shift, *_ = features
-        launch(q, k, v, keep, draws, bank, shift, upstream, dq, dk, dv, dwarp, slots, stats, parts, lifts, dslots,
-               flags)  # fmt: skip
-        return gradients, None if dwarp is None else _summed(dwarp, B, H, plan)
+        launch(q, k, v, keep, upstream, dq, dk, dv, slots, stats, sums, lifts, dslots, flags)
+        return gradients, None
 
 
-def _summed(dwarp: Tensor, B: int, H: int, plan: Plan) -> Tensor:
-    """Add the gradients of the warp that all programs left, in a fixed order."""
-    D = dwarp.shape[-1]
-    fillers = B * H * plan.chunks
-    total = dwarp[:fillers].view(-1, H, D, D).sum(0)
-    return total if plan.whole else total + dwarp[fillers:].view(-1, H, D, D).sum(0)
+def _needed(o: Tensor, features: FeatureMap) -> Tensor | None:
+    """Return the output if gradients need it: those of projected maps do."""
+    return None if features.draws is None else o
 
 
 class _Attend(torch.autograd.Function):
@@ -282,27 +271,27 @@ class _Attend(torch.autograd.Function):
         features: FeatureMap,
     ) -> Tensor:
         o, state = _launch_forward(Projection(x, heads, k, v), keep, features, True)
-        ctx.save_for_backward(x, k, v, shift, keep, features.draws, features.bank, state)
+        ctx.save_for_backward(x, k, v, shift, keep, features.draws, features.bank, _needed(o, features), state)
         ctx.heads, ctx.features = heads, features._replace(draws=None, bank=None, shift=None)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        x, k, v, shift, keep, draws, bank, state = ctx.saved_tensors
+        x, k, v, shift, keep, draws, bank, o, state = ctx.saved_tensors
         features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
-        return *_gradients(Projection(x, ctx.heads, k, v), keep, features, do, state), None, None, None
+        return *_gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state), None, None, None
 
 
 def _gradients(
-    inputs: Projection, keep: Tensor | None, features: FeatureMap, do: Tensor, state: Tensor
+    inputs: Projection, keep: Tensor | None, features: FeatureMap, o: Tensor | None, do: Tensor, state: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs and of the shift."""
     if torch.is_grad_enabled():  # create_graph=True: the gradient shall have a gradient
         return tuple(_eager_gradients(inputs, keep, features, do))
     if not plain(inputs, do):
-        dx, dk, dv, dshift = _backward(*_flat(inputs), keep, *features, do, state)
+        dx, dk, dv, dshift = _backward(*_flat(inputs), keep, *features, o, do, state)
     else:
-        (dx, _, dk, dv), dshift = _launch_backward(inputs, keep, features, do, state)
+        (dx, _, dk, dv), dshift = _launch_backward(inputs, keep, features, o, do, state)
     shift = features.shift
     found = dx, *((None, None) if inputs.k is None else (dk, dv))
     return *found, None if shift is None or dshift is None else dshift.to(shift.dtype)
@@ -350,16 +339,17 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor]:
     *features, save = rest
     inputs = Projection(x, heads, k, v)
-    (B, H, _, D), _, (*_, E) = inputs.shapes()
-    count = B * H * padded(_map(features).features(D)) * (padded(E) + 3)
+    (B, H, N, D), _, (*_, E) = inputs.shapes()
+    rows = 0 if _map(features).draws is None else N
+    count = B * H * (padded(_map(features).features(D)) * (padded(E) + 3) + rows)
     return output_for(inputs), x.new_empty(count if save else 0, dtype=torch.float32)
 
 
 def _operate_backward(
     x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *features, do, state = rest
-    (dx, _, dk, dv), dshift = _launch_backward(Projection(x, heads, k, v), keep, _map(features), do, state)
+    *features, o, do, state = rest
+    (dx, _, dk, dv), dshift = _launch_backward(Projection(x, heads, k, v), keep, _map(features), o, do, state)
     nothing = [x.new_empty(0) for _ in range(3)]
     found = [one if one is not None else other for one, other in zip((dk, dv, dshift), nothing, strict=True)]
     return dx, found[0], found[1], found[2]
@@ -369,23 +359,24 @@ def _backward_shapes(
     x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, _, dk, dv = gradients_for(Projection(x, heads, k, v))
-    shift = _map(rest[:-2]).shift
+    shift = _map(rest[:-3]).shift
     dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape, dtype=torch.float32)
     return dx, x.new_empty(0) if dk is None else dk, x.new_empty(0) if dv is None else dv, dshift
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, k, v, ctx.heads, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
-    ctx.save_for_backward(x, k, v, keep, draws, bank, shift, output[1])
+    o, state = output
+    ctx.save_for_backward(x, k, v, keep, draws, bank, shift, None if draws is None else o, state)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     if do is None:
         return (None,) * 13
-    x, k, v, keep, draws, bank, shift, state = ctx.saved_tensors
+    x, k, v, keep, draws, bank, shift, o, state = ctx.saved_tensors
     features = _map((ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square))
-    dx, dk, dv, dshift = _gradients(Projection(x, ctx.heads, k, v), keep, features, do, state)
+    dx, dk, dv, dshift = _gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state)
     return dx, dk, dv, None, None, None, None, None, dshift, None, None, None, None
 
 
@@ -400,7 +391,7 @@ _forward = operator(
     _remember,
 )
 _backward = operator(
-    f"positive_backward({INPUTS}, {MAP}, Tensor do, Tensor state) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"positive_backward({INPUTS}, {MAP}, Tensor? o, Tensor do, Tensor state) -> (Tensor, Tensor, Tensor, Tensor)",
     _operate_backward,
     _backward_shapes,
 )

@@ -28,29 +28,10 @@ from visionattn.ops.fused.tiles import (
 EXP: tl.constexpr = tl.constexpr(0)
 ELU: tl.constexpr = tl.constexpr(1)
 RELU: tl.constexpr = tl.constexpr(2)
-RANDOM: tl.constexpr = tl.constexpr(3)
-SPHERE: tl.constexpr = tl.constexpr(4)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 NEVER: tl.constexpr = tl.constexpr(-1e30)
 EPSILON: tl.constexpr = tl.constexpr(1e-6)
-FLOOR: tl.constexpr = tl.constexpr(1e-20)
-
-
-@triton.jit
-def _picked(base, rows, keep, width, D: tl.constexpr):
-    """Load the given rows, (F,), of a contiguous (rows, width) as (F, D), zeros where they are not kept."""
-    d = tl.arange(0, D)
-    return tl.load(base + rows[:, None] * width + d[None, :], mask=keep[:, None] & (d[None, :] < width), other=0.0)
-
-
-@triton.jit
-def _of_node(values, node):
-    """Return the value of each feature's node of quadrature, (F,), from those of all nodes."""
-    chosen = tl.zeros(node.shape, tl.float32)
-    for index in tl.static_range(len(values)):
-        chosen = tl.where(node == index, values[index], chosen)
-    return chosen
 
 
 @triton.jit
@@ -70,7 +51,9 @@ def _logs(x, MAP: tl.constexpr):
 def _slope(x, MAP: tl.constexpr):
     """Return the derivative of the natural logarithm of features that are taken entry by entry."""
     x = x.to(tl.float32)
-    if MAP == ELU:
+    if MAP == EXP:
+        slope = 1.0
+    elif MAP == ELU:
         slope = tl.where(x > 0, 1 / (1 + x), 1.0)
     else:
         slope = tl.where(x >= 0, 1 / (x + EPSILON), 0.0)
@@ -78,110 +61,15 @@ def _slope(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def _finely(x, matrix, P: tl.constexpr):
-    """Return ``x matrix``; for x of float32 and a matrix of half precision, as if in float32."""
-    high = x.to(matrix.dtype)
-    y = tl.dot(high, matrix, input_precision=P)
-    if x.dtype != matrix.dtype:
-        y = tl.dot((x - high.to(tl.float32)).to(matrix.dtype), matrix, y, input_precision=P)
-    return y
-
-
-@triton.jit
-def _warped_keys(k, warp, warp_low, WARPED: tl.constexpr, P: tl.constexpr):
-    """Return keys (D, BLOCK) as random features take them, in float32: multiplied by the warp if there is one."""
-    if WARPED:
-        x = tl.dot(warp, k, input_precision=P)
-        x = tl.dot(warp_low, k, x, input_precision=P)
-    else:
-        x = k.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _warped_rows(x, warp, warp_low, WARPED: tl.constexpr, P: tl.constexpr):
-    """Return queries or keys (BLOCK, D) as random features take them: in float32 if there is a warp."""
-    if WARPED:
-        y = tl.dot(x, tl.trans(warp), input_precision=P)
-        x = tl.dot(x, tl.trans(warp_low), y, input_precision=P)
-    return x
-
-
-@triton.jit
-def _key_logs(k, draws, bank, spread, warp, warp_low, gain, square, MAP: tl.constexpr, WARPED: tl.constexpr,
-              P: tl.constexpr):  # fmt: skip
-    """Return z of keys (D, BLOCK), as (F, BLOCK)."""
-    if MAP == RANDOM:
-        wide = _warped_keys(k, warp, warp_low, WARPED, P)
-        if WARPED or k.dtype != draws.dtype:
-            high = wide.to(draws.dtype)
-            z = tl.dot(draws, high, input_precision=P)
-            z = tl.dot(draws, (wide - high.to(tl.float32)).to(draws.dtype), z, input_precision=P)
-        else:
-            z = tl.dot(draws, k, input_precision=P)
-        z = z * gain[:, None] - tl.sum(wide * wide, 0)[None, :] * square
-    elif MAP == SPHERE:
-        wide = k.to(tl.float32)
-        size = tl.rsqrt(tl.sum(wide * wide, 0) + EPSILON)
-        t = tl.dot(bank, k, input_precision=P) * size[None, :]
-        t = tl.log2(t * t + FLOOR)
-        high = t.to(k.dtype)
-        z = tl.dot(draws, k, input_precision=P) * (gain[:, None] * size[None, :])
-        z = tl.dot(spread, high, z, input_precision=P)
-        z = tl.dot(spread, (t - high.to(tl.float32)).to(k.dtype), z, input_precision=P)
-    else:
-        z = _logs(k, MAP)
-    return z
-
-
-@triton.jit
-def _row_logs(x, draws, bank, spread, gain, MAP: tl.constexpr, P: tl.constexpr):
-    """Return z of queries or keys (BLOCK, D), warped, as (BLOCK, F), less what all features of one have in common."""
-    if MAP == RANDOM:
-        z = _finely(x, tl.trans(draws), P) * gain[None, :]
-    elif MAP == SPHERE:
-        wide = x.to(tl.float32)
-        size = tl.rsqrt(tl.sum(wide * wide, 1) + EPSILON)
-        t = tl.dot(x, tl.trans(bank), input_precision=P) * size[:, None]
-        t = tl.log2(t * t + FLOOR)
-        high = t.to(x.dtype)
-        z = tl.dot(x, tl.trans(draws), input_precision=P) * (gain[None, :] * size[:, None])
-        z = tl.dot(high, tl.trans(spread), z, input_precision=P)
-        z = tl.dot((t - high.to(tl.float32)).to(x.dtype), tl.trans(spread), z, input_precision=P)
-    else:
-        z = _logs(x, MAP)
-    return z
-
-
-@triton.jit
-def _input_gradient(x, dz, draws, bank, spread, gain, MAP: tl.constexpr, P: tl.constexpr):
-    """Return the gradient of x (BLOCK, D) from that of the natural logarithms of its features, (BLOCK, F)."""
-    if MAP == EXP:
-        dx = dz
-    elif MAP == RANDOM:
-        dx = _finely(dz * (gain / LOG2E)[None, :], draws, P)
-    elif MAP == SPHERE:
-        wide = x.to(tl.float32)
-        size = tl.rsqrt(tl.sum(wide * wide, 1) + EPSILON)[:, None]
-        t = tl.dot(x, tl.trans(bank), input_precision=P) * size
-        dt = _finely(dz, spread, P) * (2 * t / (t * t + FLOOR))
-        du = _finely(dz * (gain / LOG2E)[None, :], draws, P) + _finely(dt, bank, P)
-        dx = size * (du - wide * (size * size * tl.sum(wide * du, 1)[:, None]))
-    else:
-        dx = dz * _slope(x, MAP)
-    return dx
-
-
-@triton.jit
 def _gather_block(
-    k, v, keep, at, stop, skn, skd, svn, svd, smn, top, mass, slots, draws, bank, spread, warp, warp_low, gain, square,
+    k, v, keep, at, stop, skn, skd, svn, svd, smn, top, mass, slots,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take a block of keys and values into the slots."""
     x = load_columns(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE)
     y = load_rows(v, at, stop, svn, svd, VALUE_WIDTH, BLOCK, E, EDGE)
-    z = _key_logs(x, draws, bank, spread, warp, warp_low, gain, square, MAP, WARPED, P)
+    z = _logs(x, MAP)
     if MASKED:
         kept = load_mask(keep, at, stop, smn, BLOCK)
         y = tl.where(kept[:, None], y, 0.0)
@@ -200,9 +88,9 @@ def _gather_block(
 
 @triton.jit
 def _gather(
-    k, v, keep, start, stop, skn, skd, svn, svd, smn, draws, bank, spread, warp, warp_low, gain, square,
+    k, v, keep, start, stop, skn, skd, svn, svd, smn,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
     """Fill the slots with some tokens: the maximum of z and the mass above it, (F,), and the sums (F, E)."""
@@ -212,12 +100,12 @@ def _gather(
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
         top, mass, slots = _gather_block(
-            k, v, keep, at, stop, skn, skd, svn, svd, smn, top, mass, slots, draws, bank, spread, warp, warp_low, gain,
-            square, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, MASKED, P, False)  # fmt: skip
+            k, v, keep, at, stop, skn, skd, svn, svd, smn, top, mass, slots, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP,
+            MASKED, P, False)  # fmt: skip
     if edge < stop:
         top, mass, slots = _gather_block(
-            k, v, keep, edge, stop, skn, skd, svn, svd, smn, top, mass, slots, draws, bank, spread, warp, warp_low,
-            gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, MASKED, P, True)  # fmt: skip
+            k, v, keep, edge, stop, skn, skd, svn, svd, smn, top, mass, slots, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP,
+            MASKED, P, True)  # fmt: skip
     return top, mass, slots
 
 
@@ -245,14 +133,13 @@ def _join(parts, tips, fillers, head, chunks, F: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _answer_block(
-    q, o, at, stop, sqn, sqd, son, slots, level, draws, bank, spread, warp, warp_low, gain,
+    q, o, at, stop, sqn, sqd, son, slots, level,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Read the slots by a block of queries."""
     x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, EDGE)
-    x = _warped_rows(x, warp, warp_low, WARPED, P)
-    z = _row_logs(x, draws, bank, spread, gain, MAP, P) + level[None, :]
+    z = _logs(x, MAP) + level[None, :]
     weights = tl.exp2(z - tl.max(z, 1)[:, None])
     mixed = tl.dot(weights.to(slots.dtype), slots, input_precision=P) * (1 / tl.sum(weights, 1))[:, None]
     store_rows(o, mixed, at, stop, son, VALUE_WIDTH, BLOCK, E, EDGE)
@@ -260,18 +147,18 @@ def _answer_block(
 
 @triton.jit
 def _answer(
-    q, o, start, stop, sqn, sqd, son, slots, level, draws, bank, spread, warp, warp_low, gain,
+    q, o, start, stop, sqn, sqd, son, slots, level,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Read the slots, (F, E), whose logarithmic mass is ``level``, by some queries."""
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
-        _answer_block(q, o, at, stop, sqn, sqd, son, slots, level, draws, bank, spread, warp, warp_low, gain,
-                      WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, P, False)  # fmt: skip
+        _answer_block(q, o, at, stop, sqn, sqd, son, slots, level,
+                      WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, False)  # fmt: skip
     if edge < stop:
-        _answer_block(q, o, edge, stop, sqn, sqd, son, slots, level, draws, bank, spread, warp, warp_low, gain,
-                      WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, P, True)  # fmt: skip
+        _answer_block(q, o, edge, stop, sqn, sqd, son, slots, level,
+                      WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, P, True)  # fmt: skip
 
 
 @triton.jit
@@ -284,9 +171,9 @@ def _stored(stats, heads, head, F: tl.constexpr):
 
 
 @triton.jit
-def _keep(slots_out, stats, heads, head, top, mass, slots, prior, dtype: tl.constexpr, FEATURES: tl.constexpr,
+def _keep(slots_out, stats, heads, head, top, mass, slots, dtype: tl.constexpr, FEATURES: tl.constexpr,
           F: tl.constexpr, E: tl.constexpr, SAVE: tl.constexpr):  # fmt: skip
-    """Store a head's state; return the slots in a type, and the logarithm of their mass, the prior included.
+    """Store a head's state; return the slots in a type, and the logarithm of their mass.
 
     A head whose keys are all masked has no mass: its slots are zeros.
     """
@@ -294,7 +181,7 @@ def _keep(slots_out, stats, heads, head, top, mass, slots, prior, dtype: tl.cons
     head = head.to(tl.int64)
     mass = tl.where(mass > 0, mass, 1.0)
     slots = slots / mass[:, None]
-    level = tl.where(f < FEATURES, top + tl.log2(mass) + prior, NEVER)
+    level = tl.where(f < FEATURES, top + tl.log2(mass), NEVER)
     if SAVE:
         tl.store(slots_out + (head * F + f[:, None]) * E + e[None, :], slots.to(slots_out.dtype.element_ty))
         tl.store(stats + head * F + f, top)
@@ -303,43 +190,14 @@ def _keep(slots_out, stats, heads, head, top, mass, slots, prior, dtype: tl.cons
     return slots.to(dtype), level
 
 
-@triton.jit
-def _map_parts(
-    draws_in, bank_in, shift_in, gains, h, heads, draws_each, banks, dtype: tl.constexpr,
-    FEATURES: tl.constexpr, WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BANKS: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr,
-):  # fmt: skip
-    """Load what a head's map needs: draws, bank, spread, the warp in two parts, gain, and the nodes of features."""
-    f = tl.arange(0, F)
-    draws, bank, spread, warp, warp_low, gain, node = 0, 0, 0, 0, 0, 0, 0
-    if MAP == RANDOM or MAP == SPHERE:
-        node, known = f // (draws_each * banks), f < FEATURES
-        rows = (node * heads + h) * draws_each + f % draws_each
-        draws = _picked(draws_in, rows, known, WIDTH, D).to(dtype)
-        gain = _of_node(gains, node)
-        if WARPED:
-            d = tl.arange(0, D)
-            wide = load_matrix(shift_in, h, WIDTH, WIDTH, D, D).to(tl.float32)
-            wide += (d[:, None] == d[None, :]).to(tl.float32)
-            warp = wide.to(dtype)
-            warp_low = (wide - warp.to(tl.float32)).to(dtype)
-        if MAP == SPHERE:
-            each = tl.arange(0, BANKS)
-            bank = _picked(bank_in, each, each < banks, WIDTH, D).to(dtype)
-            spread = (f // draws_each % banks)[:, None] == each[None, :]
-            spread = (spread & known[:, None]).to(dtype)
-    return draws, bank, spread, warp, warp_low, gain, node
-
-
 @triton.jit(do_not_specialize=["tokens", "fillers", "chunks", "readers"])
 def forward(
-    q, k, v, keep, draws_in, bank_in, shift_in, o, slots_out, stats, parts, tips, flags,
-    gains, priors, square, draws_each, banks,
+    q, k, v, keep, o, slots_out, stats, parts, tips, flags,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn, sob, soh, son,
     heads, tokens, fillers, chunks, readers,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr,
-    BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr,
     MASKED: tl.constexpr, WHOLE: tl.constexpr, SAVE: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Attend. Grid: (heads,) of all images if WHOLE, else (heads (chunks + readers),): all keys, then all queries."""
@@ -358,30 +216,24 @@ def forward(
         keep += b * smb + h * smh
 
     dtype: tl.constexpr = v.dtype.element_ty
-    draws, bank, spread, warp, warp_low, gain, node = _map_parts(
-        draws_in, bank_in, shift_in, gains, h, heads, draws_each, banks, dtype,
-        FEATURES, WIDTH, F, D, BANKS, MAP, WARPED)  # fmt: skip
-    prior = 0
-    if MAP == RANDOM or MAP == SPHERE:
-        prior = _of_node(priors, node)
 
     if WHOLE:
         top, mass, slots = _gather(
-            k, v, keep, start, stop, skn, skd, svn, svd, smn, draws, bank, spread, warp, warp_low, gain, square,
-            WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, WARPED, MASKED, P)  # fmt: skip
-        kept, level = _keep(slots_out, stats, count, head, top, mass, slots, prior, dtype, FEATURES, F, E, SAVE)
-        _answer(q, o, start, stop, sqn, sqd, son, kept, level, draws, bank, spread, warp, warp_low, gain,
-                WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, WARPED, P)  # fmt: skip
+            k, v, keep, start, stop, skn, skd, svn, svd, smn,
+            WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
+        kept, level = _keep(slots_out, stats, count, head, top, mass, slots, dtype, FEATURES, F, E, SAVE)
+        _answer(q, o, start, stop, sqn, sqd, son, kept, level,
+                WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, P)  # fmt: skip
     elif answers:
         wait_for(flags, head, count, chunks, readers)
         kept = load_matrix(slots_out, head, F, E, F, E).to(dtype)
         _, _, level = _stored(stats, count, head, F)
-        _answer(q, o, start, stop, sqn, sqd, son, kept, level, draws, bank, spread, warp, warp_low, gain,
-                WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, WARPED, P)  # fmt: skip
+        _answer(q, o, start, stop, sqn, sqd, son, kept, level,
+                WIDTH, VALUE_WIDTH, D, E, QUERY_BLOCK, STAGES, MAP, P)  # fmt: skip
     else:
         top, mass, slots = _gather(
-            k, v, keep, start, stop, skn, skd, svn, svd, smn, draws, bank, spread, warp, warp_low, gain, square,
-            WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, WARPED, MASKED, P)  # fmt: skip
+            k, v, keep, start, stop, skn, skd, svn, svd, smn,
+            WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
         f, e = tl.arange(0, F), tl.arange(0, E)
         tl.store(tips + item * F + f, top)
         tl.store(tips + (fillers + item) * F + f, mass)
@@ -391,52 +243,34 @@ def forward(
         tl.store(parts + (item * F + f[:, None]) * E + e[None, :], mean)
         if arrive(flags + head) == chunks - 1:
             top, mass, slots = _join(parts, tips, fillers, head, chunks, F, E)
-            _keep(slots_out, stats, count, head, top, mass, slots, prior, dtype, FEATURES, F, E, True)
+            _keep(slots_out, stats, count, head, top, mass, slots, dtype, FEATURES, F, E, True)
             arrive(flags + head)
 
 
 @triton.jit
-def _unwarped(x, dx, warp, warp_low, dwarp, WARPED: tl.constexpr, P: tl.constexpr):
-    """Return the gradient of x (BLOCK, D) from that of what the warp made of it, and add to the warp's own."""
-    if WARPED:
-        high = dx.to(x.dtype)
-        rest = (dx - high.to(tl.float32)).to(x.dtype)
-        dwarp = tl.dot(tl.trans(high), x, dwarp, input_precision=P)
-        dwarp = tl.dot(tl.trans(rest), x, dwarp, input_precision=P)
-        dx = tl.dot(high, warp, input_precision=P)
-        dx = tl.dot(high, warp_low, dx, input_precision=P)
-        dx = tl.dot(rest, warp, dx, input_precision=P)
-    return dx, dwarp
-
-
-@triton.jit
 def _query_gradient_block(
-    q, do, dq, at, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, dwarp, slots, level, draws, bank, spread, warp,
-    warp_low, gain,
+    q, do, dq, at, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, slots, level,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Take the gradients of a block of queries."""
     x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, EDGE)
     g = load_rows(do, at, stop, sgn, sgd, VALUE_WIDTH, BLOCK, E, EDGE)
-    y = _warped_rows(x, warp, warp_low, WARPED, P)
-    z = _row_logs(y, draws, bank, spread, gain, MAP, P) + level[None, :]
+    z = _logs(x, MAP) + level[None, :]
     weights = tl.exp2(z - tl.max(z, 1)[:, None])
     weights = weights * (1 / tl.sum(weights, 1))[:, None]
     dweights = tl.dot(g, tl.trans(slots), input_precision=P)
     dz = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-    dx = _input_gradient(y, dz, draws, bank, spread, gain, MAP, P)
-    dx, dwarp = _unwarped(x, dx, warp, warp_low, dwarp, WARPED, P)
-    store_rows(dq, dx, at, stop, sdn, WIDTH, BLOCK, D, EDGE)
+    store_rows(dq, dz * _slope(x, MAP), at, stop, sdn, WIDTH, BLOCK, D, EDGE)
     dslots = tl.dot(tl.trans(g), weights.to(g.dtype), dslots, input_precision=P)
-    return dslots, lift + tl.sum(dz, 0), dwarp
+    return dslots, lift + tl.sum(dz, 0)
 
 
 @triton.jit
 def _query_gradients(
-    q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, dwarp, slots, level, draws, bank, spread, warp, warp_low, gain,
+    q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, slots, level,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, MAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of some queries; return those of the slots, (E, F), and of their level, ``lift``, (F,).
 
@@ -446,22 +280,21 @@ def _query_gradients(
     lift = tl.zeros([F], tl.float32)
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
-        dslots, lift, dwarp = _query_gradient_block(
-            q, do, dq, at, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, dwarp, slots, level, draws, bank, spread, warp,
-            warp_low, gain, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, P, False)  # fmt: skip
+        dslots, lift = _query_gradient_block(
+            q, do, dq, at, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, slots, level, WIDTH, VALUE_WIDTH, D, E,
+            BLOCK, MAP, P, False)  # fmt: skip
     if edge < stop:
-        dslots, lift, dwarp = _query_gradient_block(
-            q, do, dq, edge, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, dwarp, slots, level, draws, bank, spread,
-            warp, warp_low, gain, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, P, True)  # fmt: skip
-    return dslots, lift, dwarp
+        dslots, lift = _query_gradient_block(
+            q, do, dq, edge, stop, sqn, sqd, sgn, sgd, sdn, dslots, lift, slots, level, WIDTH, VALUE_WIDTH, D, E,
+            BLOCK, MAP, P, True)  # fmt: skip
+    return dslots, lift
 
 
 @triton.jit
 def _key_gradient_block(
-    k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, dwarp,
-    draws, bank, spread, warp, warp_low, gain, square,
+    k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+    MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a block of keys and values."""
     x = load_rows(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE)
@@ -469,11 +302,7 @@ def _key_gradient_block(
     if MASKED:
         kept = load_mask(keep, at, stop, smn, BLOCK)[:, None]
         x, y = tl.where(kept, x, 0.0), tl.where(kept, y, 0.0)
-    w = _warped_rows(x, warp, warp_low, WARPED, P)
-    z = _row_logs(w, draws, bank, spread, gain, MAP, P)
-    if MAP == RANDOM:
-        wide = w.to(tl.float32)
-        z -= tl.sum(wide * wide, 1)[:, None] * square
+    z = _logs(x, MAP)
     weights = tl.exp2(z - top[None, :])
     if MASKED:
         weights = tl.where(kept, weights, 0.0)
@@ -481,34 +310,25 @@ def _key_gradient_block(
     store_rows(dv, dy, at, stop, sen, VALUE_WIDTH, BLOCK, E, EDGE)
     dweights = tl.dot(y, tl.trans(dslots), input_precision=P) * scale
     dz = weights * (dweights - pull[None, :])
-    dx = _input_gradient(w, dz, draws, bank, spread, gain, MAP, P)
-    if MAP == RANDOM:
-        dx -= wide * (tl.sum(dz, 1)[:, None] * (2 * square / LOG2E))
-    dx, dwarp = _unwarped(x, dx, warp, warp_low, dwarp, WARPED, P)
-    store_rows(dk, dx, at, stop, sdn, WIDTH, BLOCK, D, EDGE)
-    return dwarp
+    store_rows(dk, dz * _slope(x, MAP), at, stop, sdn, WIDTH, BLOCK, D, EDGE)
 
 
 @triton.jit
 def _key_gradients(
-    k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dwarp, dslots, pull, scale, top,
-    draws, bank, spread, warp, warp_low, gain, square,
+    k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of some keys and values, from those of the slots, (F, E), and ``pull``, over the mass."""
     edge = start + (stop - start) // BLOCK * BLOCK
     for at in tl.range(start, edge, BLOCK, num_stages=STAGES):
-        dwarp = _key_gradient_block(
-            k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, dwarp, draws,
-            bank, spread, warp, warp_low, gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, MASKED, P,
-            False)  # fmt: skip
+        _key_gradient_block(
+            k, v, keep, dk, dv, at, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, WIDTH,
+            VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, False)  # fmt: skip
     if edge < stop:
-        dwarp = _key_gradient_block(
-            k, v, keep, dk, dv, edge, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, dwarp, draws,
-            bank, spread, warp, warp_low, gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, MASKED, P,
-            True)  # fmt: skip
-    return dwarp
+        _key_gradient_block(
+            k, v, keep, dk, dv, edge, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, WIDTH,
+            VALUE_WIDTH, D, E, BLOCK, MAP, MASKED, P, True)  # fmt: skip
 
 
 @triton.jit
@@ -525,30 +345,20 @@ def _scaled(dslots, lift, mass, slots, dtype: tl.constexpr):
     return rounded, pull, scale
 
 
-@triton.jit
-def _store_square(base, place, value, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Store (D, D) as a matrix of a contiguous (places, WIDTH, WIDTH)."""
-    d = tl.arange(0, D)
-    inside = (d[:, None] < WIDTH) & (d[None, :] < WIDTH)
-    tl.store(base + (place.to(tl.int64) * WIDTH + d[:, None]) * WIDTH + d[None, :], value, mask=inside)
-
-
 @triton.jit(do_not_specialize=["tokens", "fillers", "chunks", "readers"])
 def backward(
-    q, k, v, keep, draws_in, bank_in, shift_in, do, dq, dk, dv, dwarp_out, slots_in, stats,
+    q, k, v, keep, do, dq, dk, dv, slots_in, stats,
     parts, lifts, dslots_out, flags,
-    gains, square, draws_each, banks,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
     sgb, sgh, sgn, sgd, sdb, sdh, sdn, seb, seh, sen,
     heads, tokens, fillers, chunks, readers,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BANKS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, MAP: tl.constexpr, WARPED: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, MAP: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
     """Take gradients. The grid is that of :func:`forward`, with the roles of queries and keys exchanged."""
     item = tl.program_id(0)
-    place = item
     count = fillers // chunks
     if WHOLE:
         head, start, stop, answers = item, 0, tokens, False
@@ -569,40 +379,31 @@ def backward(
 
     f, e = tl.arange(0, F), tl.arange(0, E)
     dtype: tl.constexpr = v.dtype.element_ty
-    draws, bank, spread, warp, warp_low, gain, _ = _map_parts(
-        draws_in, bank_in, shift_in, gains, h, heads, draws_each, banks, dtype,
-        FEATURES, WIDTH, F, D, BANKS, MAP, WARPED)  # fmt: skip
-    if WARPED:
-        dwarp = tl.zeros([D, D], tl.float32)
-    else:
-        dwarp = tl.full((), 0.0, tl.float32)
     top, mass, level = _stored(stats, count, head, F)
 
     if WHOLE:
         slots = load_matrix(slots_in, head, F, E, F, E).to(dtype)
-        turned, lift, dwarp = _query_gradients(
-            q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, dwarp, slots, level, draws, bank, spread, warp, warp_low,
-            gain, WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, WARPED, P)  # fmt: skip
+        turned, lift = _query_gradients(
+            q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, slots, level, WIDTH, VALUE_WIDTH, F, D, E, BLOCK,
+            STAGES, MAP, P)  # fmt: skip
         wide = load_matrix(slots_in, head, F, E, F, E)
         dslots, pull, scale = _scaled(tl.trans(turned), lift, mass, wide, dtype)
-        dwarp = _key_gradients(
-            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dwarp, dslots, pull, scale, top, draws,
-            bank, spread, warp, warp_low, gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, WARPED, MASKED,
-            P)  # fmt: skip
+        _key_gradients(
+            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, WIDTH,
+            VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
     elif answers:
         wait_for(flags, head, count, chunks, readers)
         dslots = load_matrix(dslots_out, head, F, E, F, E)
         pull = tl.load(pull_out + head * F + f)
         scale = tl.load(scale_out + head)
-        dwarp = _key_gradients(
-            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dwarp, dslots, pull, scale, top, draws,
-            bank, spread, warp, warp_low, gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, WARPED, MASKED,
-            P)  # fmt: skip
+        _key_gradients(
+            k, v, keep, dk, dv, start, stop, skn, skd, svn, svd, smn, sdn, sen, dslots, pull, scale, top, WIDTH,
+            VALUE_WIDTH, D, E, BLOCK, STAGES, MAP, MASKED, P)  # fmt: skip
     else:
         slots = load_matrix(slots_in, head, F, E, F, E).to(dtype)
-        turned, lift, dwarp = _query_gradients(
-            q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, dwarp, slots, level, draws, bank, spread, warp, warp_low,
-            gain, WIDTH, VALUE_WIDTH, F, D, E, BLOCK, STAGES, MAP, WARPED, P)  # fmt: skip
+        turned, lift = _query_gradients(
+            q, do, dq, start, stop, sqn, sqd, sgn, sgd, sdn, slots, level, WIDTH, VALUE_WIDTH, F, D, E, BLOCK,
+            STAGES, MAP, P)  # fmt: skip
         tl.store(lifts + item * F + f, lift)
         tl.store(parts + (item * E + e[:, None]) * F + f[None, :], turned)
         if arrive(flags + head) == chunks - 1:
@@ -617,5 +418,3 @@ def backward(
             tl.store(pull_out + head * F + f, pull)
             tl.store(scale_out + head, scale)
             arrive(flags + head)
-    if WARPED:
-        _store_square(dwarp_out, place, dwarp, WIDTH, D)

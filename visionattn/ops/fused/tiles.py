@@ -8,9 +8,12 @@ import triton.language as tl
 def inside_tile(at, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
     """Return which of (BLOCK, D) exist: in the last block of some tokens, EDGE, rows end too."""
     n, d = at + tl.arange(0, BLOCK), tl.arange(0, D)
-    inside = (d < WIDTH)[None, :]
-    if EDGE:
-        inside = inside & (n < stop)[:, None]
+    if not EDGE:
+        inside = (d < WIDTH)[None, :]
+    elif WIDTH == D:
+        inside = (n < stop)[:, None]
+    else:
+        inside = (d < WIDTH)[None, :] & (n < stop)[:, None]
     return inside
 
 
@@ -109,14 +112,20 @@ def arrive(flag):
 
 
 @triton.jit
+def wait_until(flag, count):
+    """Wait until as many programs have arrived at a flag; all that they wrote before is seen then."""
+    while tl.atomic_add(flag, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
 def wait_for(flags, head, heads, chunks, readers):
     """Wait until a head's chunks are joined; the last of its readers lowers the head's two flags for the next launch.
 
     The first flag counts the chunks, and then their joining; the second counts the readers that saw it.
     """
-    while tl.atomic_add(flags + head, 0, sem="acquire") <= chunks:
-        pass
-    tl.debug_barrier()
+    wait_until(flags + head, chunks + 1)
     if tl.atomic_add(flags + heads + head, 1, sem="acq_rel") == readers - 1:
         tl.store(flags + head, 0)
         tl.store(flags + heads + head, 0)
