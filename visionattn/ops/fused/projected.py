@@ -518,8 +518,8 @@ def _query_block(
 ):  # fmt: skip
     """Store the gradients of a block of queries, and the products of their outputs with the outputs' gradients.
 
-    With weights p of a query and the gradient g of its output y, the gradient of z is ``p (slots g - y.g)``. Outputs are
-    rounded: what is left of the sum of that gradient, which is zero, says by how much y.g is wrong.
+    With weights p of a query and the gradient g of its output y, the gradient of z is ``p (slots g - y.g)``. Outputs
+    are rounded: what is left of the sum of that gradient, which is zero, says by how much y.g is wrong.
     """
     x = load_rows(q, at, stop, sqn, sqd, WIDTH, BLOCK, D, True)
     g = load_rows(do, at, stop, sgn, sgd, VALUE_WIDTH, BLOCK, E, True)
