@@ -13,8 +13,9 @@ from visionattn.data.detection import (
     write_data_yaml,
 )
 from visionattn.data.embedded import EMBEDDED, embedded_path
-from visionattn.data.files import IMAGE_SUFFIXES, load_image
+from visionattn.data.files import IMAGE_SUFFIXES
 from visionattn.data.labels import label_path
+from visionattn.pictures import load_image
 
 __all__ = [
     "EMBEDDED",

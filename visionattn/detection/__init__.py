@@ -2,10 +2,15 @@
 
 Importing it makes our blocks known to Ultralytics' yaml parser. The import stands in the package itself because a
 checkpoint is a pickle that imports the parents of the modules it names: loading one registers the blocks by itself.
+Before that, :mod:`visionattn.detection.host` settles what Ultralytics may do to the user's machine and data.
 """
 
-from visionattn.detection.blocks import LAT, LATFeatures, LinearDetect, PredictionConv, Rep
-from visionattn.detection.registration import register
+from visionattn.detection.host import settle, why_left_out
+
+settle()
+
+from visionattn.detection.blocks import LAT, LATFeatures, LinearDetect, PredictionConv, Rep  # noqa: E402  (settled first)
+from visionattn.detection.registration import register  # noqa: E402
 
 register([LAT, LATFeatures, LinearDetect, Rep], parts=[PredictionConv])
 
@@ -40,5 +45,6 @@ __all__ = [
     "resolve_model",
     "suppress",
     "train_detector",
+    "why_left_out",
     "yolo_command",
 ]

@@ -31,6 +31,10 @@ def check_options(options: dict[str, Any], device: str) -> None:
             raise ConfigError(f"ultralytics.{key} cannot be set here; see the top-level keys of the configuration")
         if key not in known:
             raise ConfigError(f"unknown key ultralytics.{key}; {suggest(key, known)}")
+    if str(options.get("cache")).lower() == "disk":
+        raise ConfigError(
+            "ultralytics.cache: disk writes NAME.npy beside each picture of the data; take ram, or leave out"
+        )
     try:
         get_cfg(DEFAULT_CFG_DICT, {"device": device, **options})
         select_device(device, verbose=False)

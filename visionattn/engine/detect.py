@@ -4,7 +4,7 @@ from typing import Any
 
 from visionattn.config import DetectConfig
 from visionattn.data import build_augment, check_data, load_detection_data, write_data_yaml
-from visionattn.detection import build_detector, check_options, refuse_unsupported, train_detector
+from visionattn.detection import build_detector, check_options, refuse_unsupported, train_detector, why_left_out
 from visionattn.engine.evaluate import evaluate
 from visionattn.engine.run import RunFolder
 from visionattn.errors import ConfigError
@@ -22,7 +22,7 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
     augmentations = None if config.augment is None else build_augment(config.augment)
     if config.loader == "device":
         refuse_unsupported({**config.ultralytics, "augmentations": augmentations})
-    data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken)
+    data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken, why_left_out)
     detector = build_detector(config.model, trust)
     fresh = not run.path.exists()
     run.create(config)
