@@ -14,13 +14,14 @@ from visionattn.detection.registration import register  # noqa: E402
 
 register([LAT, LATFeatures, LinearDetect, Rep], parts=[PredictionConv])
 
+from visionattn.detection.augment import try_augmentations  # noqa: E402
 from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
 from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, WEIGHTS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
 from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
-from visionattn.detection.training import build_detector, check_options, train_detector  # noqa: E402
+from visionattn.detection.training import build_detector, check_freeze, checked_options, train_detector  # noqa: E402
 
 __all__ = [
     "LAT",
@@ -34,7 +35,8 @@ __all__ = [
     "Rep",
     "ablated",
     "build_detector",
-    "check_options",
+    "check_freeze",
+    "checked_options",
     "classes_and_size",
     "fingerprint",
     "in_image",
@@ -45,6 +47,7 @@ __all__ = [
     "resolve_model",
     "suppress",
     "train_detector",
+    "try_augmentations",
     "why_left_out",
     "yolo_command",
 ]
