@@ -17,7 +17,7 @@ from visionattn.data import load_image
 from visionattn.data.files import image_fault
 from visionattn.detection import why_left_out
 from visionattn.detection.device_loader import DeviceLoader
-from visionattn.detection.training import check_options
+from visionattn.detection.training import checked_options
 from visionattn.errors import ConfigError, DataError
 
 KINDS = {"gray.png": "L", "alpha.png": "LA", "palette.png": "P", "inks.jpg": "CMYK", "inks.tif": "CMYK", "a.jpg": "RGB"}
@@ -68,7 +68,7 @@ def test_pictures_in_memory_are_allowed_and_on_disk_are_not(folder: Path) -> Non
     with pytest.raises(ConfigError, match=r"cache: disk writes NAME\.npy beside each picture"):
         dataset(folder, cache="disk")
     with pytest.raises(ConfigError, match="cache: disk"):
-        check_options({"cache": "disk"}, "cpu")
+        checked_options({"cache": "disk"}, "cpu")
     assert contents(folder.parents[1]) == before
 
 

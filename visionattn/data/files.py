@@ -103,10 +103,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` to write to, which is moved into place at the end, and removed after an error."""
+    """Yield a name beside ``path`` to write to, which is moved into place at the end, or removed after an error."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         partial.unlink(missing_ok=True)

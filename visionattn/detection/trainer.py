@@ -77,6 +77,8 @@ class LATTrainer(DetectionTrainer):
                 if partial.exists():
                     partial.replace(final)
         finally:
+            for partial in (self.last, self.best):
+                partial.unlink(missing_ok=True)
             self.last, self.best = last, best
         return saved
 

@@ -60,8 +60,10 @@ def open_source(text: str) -> Source:
     Raises:
         SourceError: it is not there, holds no pictures, or cannot be decoded.
     """
+    if not text.strip():
+        raise SourceError("source is empty; give a picture, a folder (. for this one), a video, or a camera's number")
     path = embedded_pictures(text) if text in EMBEDDED else Path(text).absolute()
-    if text.isdigit() and not path.exists():
+    if text.isascii() and text.isdigit() and not path.exists():
         return _camera(int(text))
     if path.is_dir():
         files = list_images(path)
