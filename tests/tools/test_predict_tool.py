@@ -9,6 +9,14 @@ def test_pictures_counts_and_speed(tool, weights, data, tmp_path):
     assert "and 1 more" in done.stdout
 
 
+def test_a_second_run_writes_beside_the_first(tool, weights, data, tmp_path):
+    arguments = ("--weights", weights, "--source", data.parent / "images/val/1.png", "--conf", 0.9, "--device", "cpu")
+    for _ in range(2):
+        done = tool("predict", tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "runs/predict").iterdir()) == ["1", "1-2"]
+
+
 def test_one_picture_without_finds_into_a_given_folder(tool, weights, data, tmp_path):
     source = data.parent / "images" / "val" / "2.png"
     done = tool("predict", tmp_path, "--weights", weights, "--source", source, "--conf", 1, "--output", "here")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.errors import SourceError, UnsupportedError
+from visionattn.errors import ConfigError, SourceError, UnsupportedError
 from visionattn.export import Detections
 from visionattn.video import open_source, predict, sink
 from visionattn.video.draw import draw
@@ -211,6 +211,30 @@ class TestPredict:
             predict(Fails(), open_source(str(clip)), tmp_path / "out")
         assert files_in(tmp_path / "out") == []
 
+    @pytest.mark.parametrize("size", [0, 1000, 4000])
+    def test_a_video_on_a_full_disk(self, clip, tmp_path, full_disk, size):
+        source = open_source(str(clip))
+        with full_disk(size), pytest.raises(SourceError, match=r"clip\.mp4 cannot be written: .*disk"):
+            predict(FakeRunner(), source, tmp_path / "out")
+        assert files_in(tmp_path / "out") == []
+
+    def test_pictures_on_a_full_disk(self, pictures, tmp_path, full_disk):
+        source = open_source(str(pictures))
+        with full_disk(100), pytest.raises(OSError, match=r"a\.jpg"):
+            predict(FakeRunner(), source, tmp_path / "out")
+        assert files_in(tmp_path / "out") == []
+
+    @pytest.mark.parametrize("what", ["b.png", "", "clip.avi"])
+    def test_an_earlier_output_is_never_replaced(self, pictures, clip, tmp_path, what):
+        text = str(clip if what == "clip.avi" else pictures / what)
+        first = predict(FakeRunner(), open_source(text), tmp_path / "out")
+        before = {path: path.read_bytes() for path in first.paths}
+        runner = FakeRunner()
+        with pytest.raises(ConfigError, match=r"would be replaced; give another --output folder"):
+            predict(runner, open_source(text), tmp_path / "out")
+        assert runner.calls == 0
+        assert {path: path.read_bytes() for path in first.paths} == before
+
     @pytest.mark.parametrize("name", ["b.png", ""])
     def test_the_source_is_never_replaced(self, pictures, name):
         before = (pictures / "b.png").read_bytes()
@@ -237,7 +261,8 @@ class TestPredict:
             def release(self):
                 pass
 
-        monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
+        real = cv2.VideoCapture
+        monkeypatch.setattr(cv2, "VideoCapture", lambda what: Camera() if what == 3 else real(what))
         source = open_source("3")
         assert (source.kind, source.name, source.count) == ("camera", "camera3", None)
         summary = predict(FakeRunner(), source, tmp_path)
