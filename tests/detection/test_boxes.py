@@ -22,6 +22,6 @@ ROWS = torch.tensor(
 )
 def test_a_place_is_given_its_best_class(conf: float, multi_label: bool, kept: list[int]) -> None:
     empty = torch.zeros_like(ROWS)
-    found, none = suppress(torch.stack((ROWS, empty)), conf, 0.7, 300, multi_label)
+    found, none = suppress(torch.stack((ROWS, empty)), conf, 0.7, 300, multi_label, finished=True)
     torch.testing.assert_close(found, ROWS[kept])
     assert none.shape == (0, 6)

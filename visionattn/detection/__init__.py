@@ -15,7 +15,7 @@ from visionattn.detection.registration import register  # noqa: E402
 register([LAT, LATFeatures, LinearDetect, Rep], parts=[PredictionConv])
 
 from visionattn.detection.augment import try_augmentations  # noqa: E402
-from visionattn.detection.boxes import in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
+from visionattn.detection.boxes import check_form, in_image, letterbox, suppress  # noqa: E402  (models need registered blocks)
 from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
@@ -35,6 +35,7 @@ __all__ = [
     "Rep",
     "ablated",
     "build_detector",
+    "check_form",
     "check_freeze",
     "checked_options",
     "classes_and_size",

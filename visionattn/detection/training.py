@@ -9,7 +9,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT, DEFAULT_CFG_KEYS
 from ultralytics.utils.torch_utils import select_device
 
-from visionattn.detection.loading import load_detector, read_checkpoint, restricted
+from visionattn.detection.loading import check_head, load_detector, read_checkpoint, restricted
 from visionattn.detection.model import MODELS, WEIGHTS, YOLOLAT, resolve_model
 from visionattn.detection.trainer import TRAINERS, recover, strip
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
@@ -101,6 +101,10 @@ def build_detector(model: str, trust: bool = False) -> YOLOLAT:
         ) from error
     if detector.task != "detect" or not isinstance(detector.model, nn.Module):
         raise ConfigError(f"model {model!r} is no detector to train; give a packaged name, a model yaml or a .pt file")
+    try:
+        check_head(detector)
+    except ConfigError as error:
+        raise ConfigError(f"model {model!r}: {error}") from error
     return detector
 
 
