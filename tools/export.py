@@ -15,7 +15,7 @@ from rich.table import Table
 
 from visionattn.cli import run, size_of
 from visionattn.data import calibration_images
-from visionattn.detection import NMS
+from visionattn.detection import NMS, resolve_model
 from visionattn.engine.scores import compare_scores
 from visionattn.errors import ConfigError, suggest
 from visionattn.export.export import Exported, export
@@ -106,7 +106,7 @@ def show(exported: Exported) -> None:
     """Print what the file is and how far it is from the weights."""
     info, parity = exported.info, exported.parity
     print(f"{info.model}: {info.task}, {info.precision}, at {size_text(info.size)} px, batch {info.batch}")
-    if not Path(info.model).is_file() or Path(info.model).suffix in (".yaml", ".yml"):
+    if not resolve_model(info.model).endswith((".pt", ".safetensors")):
         print("no weights of yours: it is as its model is made, untrained but for --model-kwargs pretrained=true")
     print(f"dynamic: {', '.join(info.dynamic) or 'nothing'}; nms: {info.nms}; ONNX opset: {info.opset or 'none'}")
     table = Table("output", "batch", "size", "max error", "relative", "rms")
