@@ -38,7 +38,8 @@ def files(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_at_once_then_nothing_new_and_a_failure_is_a_row(tool, place):
+def test_two_at_once_then_nothing_new_and_a_failure_is_a_row(tool, place, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the tool sets it, for good
     arguments = ("--config", "r.yaml", "--model", "thin.yaml", "--model", "wide.yaml", "--model", "wrong.yaml")
     arguments = (*arguments, "--jobs", 2, "--output", "out/league.json")
     done = tool("benchmark_detectors", place, *arguments)

@@ -1,6 +1,9 @@
-def test_pictures_counts_and_speed(tool, weights, data, tmp_path):
+from tests.tools.conftest import process
+
+
+def test_pictures_counts_and_speed(weights, data, tmp_path):
     source = data.parent / "images" / "val"
-    done = tool("predict", tmp_path, "--weights", weights, "--source", source, "--conf", 0, "--device", "cpu")
+    done = process("predict", tmp_path, "--weights", weights, "--source", source, "--conf", 0, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     written = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
     assert written == [f"runs/predict/val/{i}.png" for i in range(4)]
