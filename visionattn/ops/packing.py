@@ -46,8 +46,7 @@ def unpack(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def views(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`unpack` does in the form that all exporters understand."""
-    B, N, _ = x.shape
-    q, k, v = [part.reshape(B, N, heads, -1).transpose(1, 2) for part in x.chunk(3, -1)]
+    q, k, v = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(3, -1)]  # type: ignore[no-untyped-call]
     return q, k, v
 
 
