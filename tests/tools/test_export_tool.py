@@ -89,6 +89,14 @@ def test_options_of_a_model_of_timm(export, tmp_path, monkeypatch):
     assert len([name for name in session.module.state_dict() if name.endswith("mlp.fc1.weight")]) == 1
 
 
+def test_shipped_weights_are_told_from_a_model_without(export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, trained in (("yolo-lat-p-aquarium", True), ("yolo-lat-p", False)):
+        done = export("--weights", name, "--format", "torchscript", "--imgsz", 64)
+        assert done.returncode == 0, done.stderr
+        assert ("untrained" in done.stdout) is not trained
+
+
 def test_features(export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--features", "--output", "here.torchscript", "--imgsz", 64)
