@@ -67,6 +67,12 @@ def main(
         bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
     ] = False,
 ) -> None:
+    thresholds = Thresholds(conf, iou, max_det)
+    if nms != "embedded" and thresholds != Thresholds():
+        raise ConfigError(
+            f"--conf, --iou and --max-det are fixed in a file by --nms embedded alone, got --nms {nms}; leave them out "
+            "and give them where the file is run"
+        )
     request = Request(
         weights=weights,
         size=size_of(imgsz),
@@ -74,7 +80,7 @@ def main(
         dynamic=axes_of(dynamic),
         precision=precision,
         nms=nms,
-        thresholds=Thresholds(conf, iou, max_det),
+        thresholds=thresholds,
         features=features,
         model_kwargs=kwargs_of(model_kwargs or []),
         trust=trust_weights,

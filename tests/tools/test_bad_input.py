@@ -113,6 +113,8 @@ CROP = "augment: it makes inputs of .*, expected .64, 64, 3., uint8, by imgsz 64
         ("ultralytics.freeze=[nose]", "ultralytics.freeze: got 'nose', which names no part with weights"),
         ("ultralytics.pretrained=nope", "ultralytics.pretrained: weights not found: nope; give a .pt file, or one of"),
         ("ultralytics.distill_model=nope.pt", "ultralytics.distill_model: weights not found: nope.pt"),
+        ("imgsz=70", "imgsz: got 70, expected a multiple of 32, such as 64 or 96"),
+        ("ultralytics.lr0=0.1", "lr0 and momentum are not used with optimizer: auto, .*; set ultralytics.optimizer"),
         ("ultralytics.cache=disk", "cache: disk writes NAME.npy beside each picture"),
     ],
 )

@@ -141,6 +141,8 @@ def test_int8_by_calibration(export, weights, scenes, tmp_path):
         (("--output", "m.pt"), "names of onnx end in .onnx"),
         (("--precision", "int8"), "int8 needs images to calibrate by"),
         (("--nms", "embedded", "--conf", "1.5"), "got conf 1.5, iou 0.7, max_det 300; expected 0..1"),
+        (("--conf", "0.25"), "--conf, --iou and --max-det are fixed in a file by --nms embedded alone, got --nms none"),
+        (("--nms", "free", "--max-det", "10"), "by --nms embedded alone, got --nms free"),
         (("--batch", "0"), "got batch 0, expected 1 or more"),
         (("--precision", "int8", "--calibrate", "nowhere"), "nowhere"),
         (("--max-size", "1,2,3"), "got size '1,2,3'"),

@@ -21,7 +21,7 @@ from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, WEIGHTS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
 from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
-from visionattn.detection.training import build_detector, check_freeze, checked_options, train_detector  # noqa: E402
+from visionattn.detection.training import build_detector, check_freeze, check_side, checked_options, train_detector  # noqa: E402
 
 __all__ = [
     "LAT",
@@ -37,6 +37,7 @@ __all__ = [
     "build_detector",
     "check_form",
     "check_freeze",
+    "check_side",
     "checked_options",
     "classes_and_size",
     "fingerprint",

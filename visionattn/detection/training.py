@@ -37,6 +37,11 @@ def checked_options(options: dict[str, Any], device: str) -> dict[str, Any]:
             raise ConfigError(f"ultralytics.{key} cannot be set here; see the top-level keys of the configuration")
         if key not in known:
             raise ConfigError(f"unknown key ultralytics.{key}; {suggest(key, known)}")
+    if str(options.get("optimizer", "auto")).lower() == "auto" and {"lr0", "momentum"} & options.keys():
+        raise ConfigError(
+            "ultralytics.lr0 and momentum are not used with optimizer: auto, which chooses its own; set "
+            "ultralytics.optimizer, too, e.g. MuSGD or AdamW, or leave them out"
+        )
     if str(options.get("cache")).lower() == "disk":
         raise ConfigError(
             "ultralytics.cache: disk writes NAME.npy beside each picture of the data; take ram, or leave out"
@@ -76,6 +81,21 @@ def check_freeze(detector: YOLOLAT, freeze: Any) -> None:
     frozen = tuple(f"{layer}." for layer in asked)
     if frozen and all(name.startswith(frozen) for name in known):
         raise ConfigError(f"ultralytics.freeze: {freeze} leaves nothing to train; give fewer layers")
+
+
+def check_side(detector: YOLOLAT, imgsz: int) -> None:
+    """Refuse a side that Ultralytics would train at another one in place of.
+
+    Raises:
+        ConfigError: it is no multiple of the network's stride, or of 32.
+    """
+    network: Any = detector.model
+    stride = max(int(network.stride.max()), 32)
+    if imgsz % stride:
+        below = imgsz // stride * stride
+        raise ConfigError(
+            f"imgsz: got {imgsz}, expected a multiple of {stride}, such as {below or stride} or {below + stride}"
+        )
 
 
 def build_detector(model: str, trust: bool = False) -> YOLOLAT:

@@ -8,6 +8,7 @@ from visionattn.data.summary import summarize_detection
 from visionattn.detection import (
     build_detector,
     check_freeze,
+    check_side,
     checked_options,
     refuse_unsupported,
     train_detector,
@@ -34,6 +35,7 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
         refuse_unsupported({**given, "augmentations": augmentations})
     data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken, why_left_out)
     detector = build_detector(config.model, trust)
+    check_side(detector, config.imgsz)
     check_freeze(detector, given.get("freeze"))
     run.remember(summarize_detection(data, ("train", "val")))
     run.create(config)
