@@ -133,3 +133,14 @@ def test_a_name_in_another_script(tmp_path: Path) -> None:
     path.parent.mkdir()
     gradient().save(path)
     assert np.array_equal(read_rgb(path), np.asarray(gradient()))
+
+
+def test_very_large_pictures(tmp_path: Path) -> None:
+    """178 megapixels are within PIL's bounds; beyond, where a file could be a bomb, it is an error of ours."""
+    Image.new("1", (13_000, 13_700)).save(tmp_path / "large.png")
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert image_size(tmp_path / "large.png") == (13_000, 13_700)
+    Image.new("1", (13_000, 13_900)).save(tmp_path / "bomb.png")
+    for read in (image_size, load_image):
+        with pytest.raises(DataError, match=r"bomb\.png: cannot be read as an image .*decompression bomb"):
+            read(tmp_path / "bomb.png")

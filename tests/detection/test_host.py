@@ -15,6 +15,7 @@ from ultralytics.utils import DEFAULT_CFG
 from tests.test_pictures import gradient
 from visionattn.data import load_image
 from visionattn.data.files import image_fault
+from visionattn.data.labels import read_labels
 from visionattn.detection import why_left_out
 from visionattn.detection.device_loader import DeviceLoader
 from visionattn.detection.training import checked_options
@@ -113,6 +114,7 @@ import ultralytics.utils, ultralytics.utils.checks as checks
 from pathlib import Path
 from ultralytics.utils import downloads
 from visionattn.data.files import image_fault
+from visionattn.data.labels import read_labels
 ultralytics.utils.ONLINE = checks.ONLINE = True
 Path("text.jpg").write_text("hello")
 print(image_fault(Path("text.jpg")))
@@ -129,3 +131,23 @@ except ConnectionError as error:
     assert (fault, installed) == (image_fault(tmp_path / "text.jpg"), "False")
     advice = "get it yourself, or set YOLO_OFFLINE=false in the environment"
     assert refused == f"https://example.com/weights.pt is not downloaded; {advice}"
+
+
+def test_a_label_that_changed_without_a_trace_is_seen(folder: Path) -> None:
+    label = folder.parents[1] / "labels" / "train" / "0gray.txt"
+    stamp = label.stat()
+    first = dataset(folder).labels[0]["bboxes"].tolist()
+    label.write_text("0 0.3 0.5 0.2 0.2\n")
+    os.utime(label, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert label.stat().st_size == stamp.st_size
+    second = dataset(folder).labels[0]["bboxes"].tolist()
+    assert (first[0][0], second[0][0]) == pytest.approx((0.5, 0.3))
+
+
+def test_boxes_a_hair_outside_and_labels_twice_are_trained_on_as_they_are_scored(folder: Path) -> None:
+    label = folder.parents[1] / "labels" / "train" / "0gray.txt"
+    label.write_text("0 1.0000001 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n0 0.5 0.5 0.2 0.2\n")
+    image = folder / "0gray.png"
+    assert why_left_out(image, label, 1) == ""
+    trained = dataset(folder).labels[0]["bboxes"]
+    assert np.allclose(sorted(trained.tolist()), sorted(read_labels(label, 1)[:, 1:].tolist()))
