@@ -55,6 +55,16 @@ train(Path({str(tmp_path)!r}), Path({str(tiny_data)!r}))
     assert YOLOLAT(best).names == {0: "yellow", 1: "cyan"}
 
 
+def test_a_full_disk_leaves_the_old_checkpoint(tiny_data: Path, tmp_path: Path, full_disk: Any) -> None:
+    train(tmp_path, tiny_data)
+    before = (tmp_path / "weights" / "best.pt").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / "weights" / name).unlink()
+    with full_disk(len(before) // 2), pytest.raises(OSError, match=r"weights/last\.pt"):
+        train(tmp_path, tiny_data)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
 def test_patience_average_and_best_go_on(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed training begins with what the last checkpoint holds, not anew."""
     options: Any = {"data": str(tiny_data), "epochs": EPOCHS, "patience": 7, **FAST}

@@ -76,6 +76,9 @@ class LATTrainer(DetectionTrainer):
             for partial, final in ((self.best, best), (self.last, last)):  # what is resumed from comes last
                 if partial.exists():
                     partial.replace(final)
+        except OSError as error:
+            error.filename = error.filename or str(last)  # a full disk has no name
+            raise
         finally:
             for partial in (self.last, self.best):
                 partial.unlink(missing_ok=True)
