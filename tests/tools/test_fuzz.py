@@ -4,6 +4,7 @@ import datetime
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -184,3 +185,53 @@ def test_labels(rows: list[list[str]], pictures: Path, tmp_path: Path) -> None:
     (root / "labels/train/0.txt").write_text("\n".join(" ".join(row) for row in rows))
     data = load_detection_data(str(root / "data.yaml"))
     answers(check_data, data, ("train", "val"), True)
+
+
+OPTIONS = {
+    "predict": ["--source", "--weights", "--output", "--conf", "--imgsz", "--device", "--provider"],
+    "evaluate": ["--data", "--split", "--weights", "--output", "--batch", "--imgsz", "--device", "--backend"],
+    "export": [
+        *("--weights", "--format", "--precision", "--output", "--imgsz", "--batch", "--dynamic", "--nms", "--conf"),
+        *("--model-kwargs", "--calibrate", "--verify-data", "--split", "--max-size", "--workspace", "--level"),
+    ],
+    "benchmark_detectors": ["--config", "--output", "--model", "--control", "--ablate", "--seed", "--jobs", "--set"],
+}
+WORDS = [
+    "-1",
+    "0",
+    "1",
+    "1.5",
+    "nan",
+    "inf",
+    "1e400",
+    "64",
+    "64,96",
+    "0,0",
+    "cpu",
+    "cuda:77",
+    "a=b",
+    "a:b",
+    "yolo26:0",
+    "x.json",
+]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@given(data=st.data())
+@settings(FUZZ, max_examples=12)
+def test_options_of_tools(name: str, data: Any, call: Any, weights: Path, pictures: Path, monkeypatch: Any) -> None:
+    with TemporaryDirectory() as folder:
+        monkeypatch.chdir(folder)
+        Path("r.yaml").write_text(yaml.safe_dump({"task": "detect", "model": "yolo-lat-p", "data": "none/data.yaml"}))
+        given = {
+            "predict": {"--source": pictures / "images/val/0.png", "--weights": weights, "--device": "cpu"},
+            "evaluate": {"--data": pictures / "data.yaml", "--weights": weights, "--device": "cpu"},
+            "export": {"--weights": "missing.pt"},
+            "benchmark_detectors": {"--config": "r.yaml", "--output": "o.json"},
+        }[name]
+        word = data.draw(st.sampled_from([*WORDS, *(text for text in TEXTS if "\x00" not in text)]))
+        given |= {data.draw(st.sampled_from(OPTIONS[name])): word}
+        done = call(name, *(part for pair in given.items() for part in pair))
+        monkeypatch.chdir("/")
+    assert done.returncode in (0, 2)
+    assert (done.returncode == 2) == ("error: " in done.stderr or "Usage: " in done.stderr), done.stderr
