@@ -1,6 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-export YOLO_AUTOINSTALL ?= false
 # Threads that wait for each other by spinning make training ten times slower where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -39,7 +39,7 @@ from visionattn.export import load_runner
 from visionattn.record import environment
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 WEIGHTS = {"detect": "best.pt", "classify": "best.safetensors"}
 MOST_TRIES = 10
 """How often a start that ended before its kill is tried again."""

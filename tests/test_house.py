@@ -11,7 +11,7 @@ import visionattn
 
 ROOT = Path(visionattn.__file__).parent
 FLOORS = [
-    {"config", "errors", "record"},
+    {"config", "errors", "pictures", "record"},
     {"ops"},
     {"attention"},
     {"blocks"},
@@ -20,7 +20,13 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-SHARED = {("engine", "export"), ("video", "export"), ("profiling", "export"), ("config", "errors")}
+SHARED = {
+    ("engine", "export"),
+    ("video", "export"),
+    ("profiling", "export"),
+    ("config", "errors"),
+    ("pictures", "errors"),
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

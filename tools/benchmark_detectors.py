@@ -28,7 +28,7 @@ from visionattn.engine.benchmark import (
     write_models,
 )
 from visionattn.engine.run import write_json
-from visionattn.errors import ConfigError
+from visionattn.errors import ConfigError, VisionAttnError
 from visionattn.profiling.latency import LatencyReport, LatencyRow
 from visionattn.profiling.plots import save_figure
 from visionattn.profiling.tables import Grid
@@ -80,9 +80,16 @@ def main(
 
     whole = report(run_all(waiting, jobs, keep))
     publish("Detectors under one recipe", whole, league_grids(whole.runs, timed), output)
-    draw_losses(whole.runs, output.with_name(f"{output.stem}-losses.png"))
-    if timed:
-        draw_scores(whole.runs, timed, output.with_suffix(".png"))
+    failed = [done for done in whole.runs if not done.scores]
+    if len(failed) < len(whole.runs):
+        draw_losses(whole.runs, output.with_name(f"{output.stem}-losses.png"))
+        if timed:
+            draw_scores(whole.runs, timed, output.with_suffix(".png"))
+    if failed:
+        raise VisionAttnError(
+            f"{len(failed)} of {len(whole.runs)} trainings failed, see {output.with_suffix('.md')}; mend what it says "
+            "and give the same command, which trains those again"
+        )
 
 
 def read_latency(path: Path) -> list[LatencyRow]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from visionattn.cli import run, size_of
 from visionattn.data import calibration_images
-from visionattn.detection import NMS
+from visionattn.detection import NMS, resolve_model
 from visionattn.engine.scores import compare_scores
 from visionattn.errors import ConfigError, suggest
 from visionattn.export.export import Exported, export
@@ -67,6 +67,12 @@ def main(
         bool, typer.Option("--trust-weights", help="load a .pt that may run any code; for files of your own")
     ] = False,
 ) -> None:
+    thresholds = Thresholds(conf, iou, max_det)
+    if nms != "embedded" and thresholds != Thresholds():
+        raise ConfigError(
+            f"--conf, --iou and --max-det are fixed in a file by --nms embedded alone, got --nms {nms}; leave them out "
+            "and give them where the file is run"
+        )
     request = Request(
         weights=weights,
         size=size_of(imgsz),
@@ -74,7 +80,7 @@ def main(
         dynamic=axes_of(dynamic),
         precision=precision,
         nms=nms,
-        thresholds=Thresholds(conf, iou, max_det),
+        thresholds=thresholds,
         features=features,
         model_kwargs=kwargs_of(model_kwargs or []),
         trust=trust_weights,
@@ -106,7 +112,7 @@ def show(exported: Exported) -> None:
     """Print what the file is and how far it is from the weights."""
     info, parity = exported.info, exported.parity
     print(f"{info.model}: {info.task}, {info.precision}, at {size_text(info.size)} px, batch {info.batch}")
-    if not Path(info.model).is_file() or Path(info.model).suffix in (".yaml", ".yml"):
+    if not resolve_model(info.model).endswith((".pt", ".safetensors")):
         print("no weights of yours: it is as its model is made, untrained but for --model-kwargs pretrained=true")
     print(f"dynamic: {', '.join(info.dynamic) or 'nothing'}; nms: {info.nms}; ONNX opset: {info.opset or 'none'}")
     table = Table("output", "batch", "size", "max error", "relative", "rms")

@@ -4,6 +4,7 @@ python tools/predict.py --source clip.mp4
 python tools/predict.py --weights runs/detect/digits/weights/best.pt --source 0 --show
 """
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,9 @@ def main(
     weights: Annotated[
         str, typer.Option(help="a .pt detector, a .safetensors classifier, an exported file, or a name of weights/")
     ] = "yolo-lat-n-aquarium",
-    output: Annotated[Path | None, typer.Option(help="folder to write into; runs/predict/NAME if left out")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder to write into; a new one in runs/predict if left out")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
     conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,
     imgsz: Annotated[str, typer.Option(help=IMGSZ_HELP)] = "",
@@ -35,12 +38,18 @@ def main(
 ) -> None:
     opened = open_source(source)
     runner = load_runner(weights, device, size_of(imgsz), conf, trust=trust_weights, threads=threads, provider=provider)
-    summary = predict(runner, opened, output or Path("runs/predict") / opened.name, show)
+    summary = predict(runner, opened, output or free_folder(Path("runs/predict") / opened.name), show)
     found = ", ".join(f"{count} {name}" for name, count in summary.counts.items()) or "nothing"
     print(f"found {found} in {summary.frames} frames")
     print(f"{summary.model_ms:.1f} ms a frame in the model, {summary.total_ms:.1f} ms in all, on {runner.device}")
     print("written: " + ", ".join(str(path) for path in summary.paths[:3]), end="")
     print(f" and {len(summary.paths) - 3} more" if len(summary.paths) > 3 else "")
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return a folder that is not there yet: the wanted one, or the first with a number from 2 on behind its name."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return next(folder for folder in chain([wanted], numbered) if not folder.exists())
 
 
 if __name__ == "__main__":

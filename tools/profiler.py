@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from visionattn.attention import ATTENTION
-from visionattn.cli import IMGSZ_HELP, check_output, journal, publish, run, size_of
+from visionattn.cli import IMGSZ_HELP, check_measured, check_output, journal, publish, run, size_of
 from visionattn.data import calibration_images
 from visionattn.errors import ConfigError, suggest
 from visionattn.export.quantize import Calibration
@@ -137,6 +137,7 @@ def model(
     )
     report = measure_latency(sweep, conditions, journal(output))
     publish("Latency", report, latency_grids(report), output)
+    check_measured(report.rows)
 
 
 @app.command()
@@ -172,6 +173,7 @@ def memory(
     publish("Memory against resolution", report, memory_grids(report), output)
     if output:
         draw_memory(report, output.with_suffix(".png"))
+    check_measured(report.rows)
 
 
 @app.command()
@@ -216,6 +218,7 @@ def ops(
     publish("Attention operations", report, operation_grids(report), output)
     if output:
         draw_operations(report, output.with_suffix(".png"))
+    check_measured(report.rows)
 
 
 @app.command()

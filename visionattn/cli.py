@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from pydantic import BaseModel
@@ -40,8 +41,12 @@ def run(app: typer.Typer) -> None:
 
     So is one of the operating system, which names the file: no space, no permission, a folder where a file should be.
     """
+    _told(app)
+
+
+def _told(command: Callable[[], object]) -> None:
     try:
-        app()
+        command()
     except (VisionAttnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -88,6 +93,12 @@ def publish(title: str, report: BaseModel, grids: Iterable[Grid], path: Path | N
         print(f"written: {path}, {path.with_suffix('.md')}")
 
 
+def check_measured(rows: Sequence[Any]) -> None:
+    """Fail, after the report is published, if not one of its rows has figures."""
+    if rows and all(row.reason for row in rows):
+        raise VisionAttnError(f"nothing was measured; the first reason of {len(rows)}: {rows[0].reason}")
+
+
 def main() -> None:
     """Entry point ``visionattn``: ``visionattn yolo train model=yolo-lat-n.yaml data=...``."""
     if sys.argv[1:2] != ["yolo"]:
@@ -97,4 +108,4 @@ def main() -> None:
         sys.exit(2)
     from visionattn.detection import yolo_command
 
-    yolo_command(sys.argv[2:])
+    _told(lambda: yolo_command(sys.argv[2:]))

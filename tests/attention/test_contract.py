@@ -492,6 +492,16 @@ def test_contract_reset_restores_what_storage_lost(variant: str) -> None:
         assert torch.equal(values, expected), key
 
 
+def test_contract_no_images_give_no_tokens(variant: str) -> None:
+    attention = make(variant)
+    for causal in (False, True):
+        x = torch.zeros(0, 9, DIM, dtype=torch.float64, requires_grad=True)
+        mixed = attention(x, is_causal=causal, attn_mask=torch.ones(0, 1, 1, 9, dtype=torch.bool), grid=(3, 3))
+        assert mixed.shape == (0, 9, DIM)
+        mixed.sum().backward()
+        assert x.grad is not None
+
+
 def test_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"ela_hadamart.*nearest: ela_hadamard"):
         ATTENTION["ela_hadamart"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visionattn.attention import attention_layer
 from visionattn.errors import ConfigError
-from visionattn.ops import dark, slay, softmax, yat
+from visionattn.ops import dark, performer, slay, softmax, yat
 from visionattn.ops.draws import gaussian
 
 D = 8
@@ -93,7 +93,8 @@ def test_whitening_makes_queries_and_keys_isotropic() -> None:
     m = dark.whitening(x, loading=0.0)
     y = (x @ m.transpose(-2, -1)).transpose(0, 1).flatten(1, 2)
     moment = y.transpose(-2, -1) @ y / y.shape[1]
-    torch.testing.assert_close(moment, (torch.eye(D, dtype=torch.float64) / math.sqrt(D)).expand(2, D, D))
+    size = x.square().sum(-1).mean((0, 2)) / D
+    torch.testing.assert_close(moment, size[:, None, None] * torch.eye(D, dtype=torch.float64))
 
 
 def test_whiten_sets_every_layer_from_what_reaches_it() -> None:
@@ -109,7 +110,8 @@ def test_whiten_sets_every_layer_from_what_reaches_it() -> None:
             q, k, _ = layer.project(tokens)
             warped = layer.warp(torch.cat((q, k), -2)).transpose(0, 1).flatten(1, 2)
             moment = warped.transpose(-2, -1) @ warped / warped.shape[1]
-            torch.testing.assert_close(moment, torch.eye(8, dtype=torch.float64).expand(3, 8, 8) / math.sqrt(8))
+            size = performer.scaled(torch.cat((q, k), -2)).square().mean((0, 2, 3))
+            torch.testing.assert_close(moment, size[:, None, None] * torch.eye(8, dtype=torch.float64))
     assert not model[0]._forward_pre_hooks
 
 

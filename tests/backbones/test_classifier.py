@@ -76,6 +76,50 @@ def test_the_loaded_model_computes_the_same(tmp_path, name, options):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("attention", ["ela_hadamard", "softmax", "dark", {"name": "slay", "features": 4}])
+def test_training_goes_on_from_softmax_weights_with_another_attention(weights, tmp_path, attention, caplog):
+    softmax = load_classifier(weights)
+    built = build_classifier(str(weights), CLASSES, 32, {"attn_layer": attention})
+    before, after = softmax.model.state_dict(), built.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    lacking = sorted(key for key in after.keys() - before.keys() if key.endswith(".shift"))
+    assert bool(lacking) == (attention == "dark")
+    assert (f"lacks {len(lacking)} weights, which begin as they are made: {', '.join(lacking)}" in caplog.text) == bool(
+        lacking
+    )
+    save(built, tmp_path / "linear.safetensors")
+    again = load_classifier(tmp_path / "linear.safetensors")
+    assert again.kwargs["attn_layer"] == attention
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.model(images), built.model.eval()(images))
+        assert torch.allclose(again.model(images), softmax.model(images), atol=1e-5) == (attention == "softmax")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"attn_layer": "sofmax"}, WeightsError, "nearest: softmax"),
+        ({"attn_layer": "gka"}, WeightsError, "there is no place for .*qkv"),
+        ({"depth": 3}, WeightsError, r"there is no place for blocks\.3"),
+        ({"embed_dim": 32}, WeightsError, "size mismatch"),
+        ({"embed_dimm": 32}, WeightsError, "embed_dimm"),
+        ({"num_classes": 3}, ConfigError, "the classes are those of the data"),
+        ({"pretrained": True}, ConfigError, "the weights to start from are those of the model"),
+    ],
+)
+def test_options_that_the_weights_do_not_fit(weights, options, error, message):
+    with pytest.raises(error, match=message):
+        build_classifier(str(weights), CLASSES, 32, options)
+
+
+def test_a_full_disk(weights, full_disk):
+    before, built = weights.read_bytes(), build_classifier("test_vit", CLASSES, 32, {})
+    with full_disk(10_000), pytest.raises(OSError, match=r"best\.safetensors"):
+        save(built, weights)
+    assert {path.name: path.read_bytes() for path in weights.parent.iterdir()} == {weights.name: before}
+
+
 def test_any_reader_of_safetensors_reads_it(weights):
     with safe_open(str(weights), framework="np") as file:
         assert file.metadata()["format"] == "visionattn-classifier"
@@ -203,10 +247,6 @@ class TestStartingFromWeights:
         assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
         save(started, tmp_path / "two.safetensors")
         assert load_classifier(tmp_path / "two.safetensors").classes == ["a", "b"]
-
-    def test_options_are_refused(self, weights):
-        with pytest.raises(ConfigError, match=r"got depth, but .* leave it empty"):
-            build_classifier(str(weights), CLASSES, 32, {"depth": 3})
 
 
 def test_loading_needs_no_ultralytics(weights):

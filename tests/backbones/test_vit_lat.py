@@ -248,3 +248,14 @@ def test_padding_on_request_takes_any_size() -> None:
     x = torch.randn(1, 3, 40, 70)
     with torch.no_grad():
         torch.testing.assert_close(model(x), model(F.pad(x, (0, 10, 0, 8))))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "lat_nano"])
+def test_no_images_give_no_logits(name: str) -> None:
+    """As in timm, of whose models those of a dynamic size, and so vit_lat's, do not take an empty batch."""
+    options = {} if name == "lat_nano" else {"depth": 1, "attn_layer": "ela_hadamard"}
+    model = timm.create_model(name, num_classes=5, **options)
+    for mode in (True, False):
+        logits = model.train(mode)(torch.zeros(0, 3, 224, 224))
+        assert logits.shape == (0, 5)
+    logits.sum().backward()

@@ -75,3 +75,11 @@ def test_agrees_with_published_annotations(name: str) -> None:
     assert [row[:2] for row in ours] == [row[:2] for row in theirs]
     edges = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one[2:], other[2:], strict=True)]
     assert sum(abs(a - b) > 1 for a, b in edges) <= 0.01 * len(edges)
+
+
+def test_two_pictures_of_one_name_and_a_class_without_objects(make_set) -> None:
+    file = make_set({"val/a/1": "1 0.5 0.5 0.2 0.2\n", "val/b/1": None, "train/1": "0 0.5 0.5 0.2 0.2\n"})
+    truth = coco_ground_truth(load_detection_data(str(file)), "val")
+    assert len({image["file_name"] for image in truth["images"]}) == 2
+    assert [annotation["image_id"] for annotation in truth["annotations"]] == [1]
+    assert [category["name"] for category in truth["categories"]] == ["cat", "dog"]

@@ -8,9 +8,9 @@ from PIL import ExifTags, Image
 
 from tests.data.conftest import SetMaker, save_image, truncate
 from visionattn.data import check_data, find_problems, label_path, load_detection_data, load_image, write_data_yaml
-from visionattn.data.files import image_size
 from visionattn.data.labels import read_labels
 from visionattn.errors import DataError
+from visionattn.pictures import image_size
 
 BOX = "0 0.5 0.5 0.2 0.4\n"
 GOOD = {"train/a": BOX, "val/b": BOX}

@@ -1,5 +1,6 @@
 """What Ultralytics offers, with our models: built by name and by path, trained, scored, fused, exported."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from ultralytics.nn import tasks
 
 from tests.detection.conftest import FAST
 from visionattn.attention import ATTENTION, Attention
+from visionattn.cli import main
 from visionattn.detection import LAT, MODELS, YOLOLAT, registration
-from visionattn.errors import UnknownNameError
+from visionattn.errors import UnknownNameError, UnsupportedError
 
 LIMITS = {"yolo-lat-p": (0.32e6, 7), "yolo-lat-n": (1.0e6, 80), "yolo-lat-s": (2.6e6, 80), "yolo-lat-m": (10e6, 80)}
 """Most parameters, normalisations folded, and with how many classes."""
@@ -149,3 +151,15 @@ def test_onnx_agrees_with_torch(checkpoint: Path, tmp_path: Path, dynamic: bool)
             expected = reference(x)[0].numpy()
         (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_tracking_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lap", None)
+    monkeypatch.setattr(sys, "argv", ["visionattn", "yolo", "track", "model=yolo-lat-p.yaml", "source=a.mp4"])
+    with pytest.raises(
+        UnsupportedError, match=r"the package lap, which is not installed; pip install 'visionattn\[track\]'"
+    ):
+        YOLOLAT("yolo-lat-p").track(str(tmp_path / "clip.mp4"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2

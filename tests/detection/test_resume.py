@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,48 @@ train(Path({str(tmp_path)!r}), Path({str(tiny_data)!r}))
     best = train(tmp_path, tiny_data)
     assert_complete(tmp_path)
     assert YOLOLAT(best).names == {0: "yellow", 1: "cyan"}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tiny_data: Path, tmp_path: Path, full_disk: Any) -> None:
+    train(tmp_path, tiny_data)
+    before = (tmp_path / "weights" / "best.pt").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / "weights" / name).unlink()
+    with full_disk(len(before) // 2), pytest.raises(OSError, match=r"weights/last\.pt"):
+        train(tmp_path, tiny_data)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_patience_average_and_best_go_on(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed training begins with what the last checkpoint holds, not anew."""
+    options: Any = {"data": str(tiny_data), "epochs": EPOCHS, "patience": 7, **FAST}
+    stock = trainer.LATTrainer.save_model
+
+    def stop_after_two(self: Any) -> bool:
+        saved = stock(self)
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.LATTrainer, "save_model", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            train_detector(build_detector("yolo-lat-p"), tmp_path, **options)
+    kept = read_checkpoint(tmp_path / "weights" / "last.pt")
+    seen: dict[str, Any] = {}
+
+    def look(self: Any) -> bool:
+        seen.setdefault("updates", self.ema.updates)
+        seen.setdefault("patience", self.stopper.patience)
+        seen.setdefault("best", self.stopper.best_fitness)
+        return stock(self)
+
+    monkeypatch.setattr(trainer.LATTrainer, "save_model", look)
+    train_detector(build_detector("yolo-lat-p"), tmp_path, **options)
+    assert seen["updates"] == kept["updates"] + 1 > 1, "one step of the optimizer an epoch"
+    assert seen["patience"] == 7
+    assert seen["best"] >= kept["best_fitness"]
+    assert_complete(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["strip_optimizer", "validator"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import albumentations as A
 import cv2
@@ -38,7 +39,9 @@ def whole(class_folders, tmp_path_factory):
 
 def test_a_run_holds_its_receipt_and_its_results(whole):
     assert files(whole.folder) == [
+        ".lock",
         "config.yaml",
+        "data.json",
         "environment.json",
         "metrics.json",
         "results.csv",
@@ -91,14 +94,14 @@ def stop_in(monkeypatch, owner, name, call, act=lambda *_: None):
     monkeypatch.setattr(owner, name, stopping)
 
 
-def half_a_file(_, path):
-    path.write_bytes(b"PK half")
+def half_a_file(path, _):
+    path.write_text("PK half")
 
 
 MOMENTS = {
     "in the first epoch": (classify._Training, "epoch", 1),
     "in the second epoch": (classify._Training, "epoch", 2),
-    "while the second checkpoint is written": (torch, "save", 2, half_a_file),
+    "while the second checkpoint is written": (Path, "write_bytes", 2, half_a_file),
     "before the first best weights": (classify, "save_classifier", 1),
     "before the last row is written": (classify, "write_text", 3),
     "before the metrics": (RunFolder, "finished", 1),
@@ -135,7 +138,6 @@ def test_each_epoch_has_its_own_order_and_augmentation(class_folders, tmp_path, 
     seen = []
     monkeypatch.setattr(images, "seed_of", lambda *key: seen.append(key) or 0)
     train(classify_config(class_folders, tmp_path, seed=5, epochs=2))
-    assert seen.pop(0) == (5, 0, 0), "one image is tried before anything is written"
     assert {key[:2] for key in seen} == {(5, 0), (5, 1)}
     orders = [[index for _, e, index in seen if e == epoch] for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(16))

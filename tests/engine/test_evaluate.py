@@ -312,3 +312,20 @@ class TestClassification:
             evaluate(weights, str(folders))
         report = evaluate(weights, str(folders), skip_broken=True)
         assert (report.images, report.skipped, report.metrics["top1"]) == (13, 1, 1)
+
+
+def test_a_report_says_what_a_file_used():
+    common = {"task": "detect", "names": {}, "size": (64, 64), "stride": 32}
+    file = ModelInfo(**common, nms="embedded", conf=0.001, iou=0.5, max_det=100, batch=2)
+    engine = ModelInfo(**common, dynamic=("batch",), max_batch=8, nms="peaks")
+    weights = ModelInfo(**common, dynamic=("batch",))
+    assert [module._batch_used(info, 16) for info in (file, engine, weights)] == [2, 8, 16]
+    assert module._suppression_used(file, 0.7, 300) == {"iou": 0.5, "max_det": 100}
+    assert module._suppression_used(engine, 0.7, 300) == {"iou": None, "max_det": 300}
+    assert module._suppression_used(weights, 0.7, 300) == {"iou": 0.7, "max_det": 300}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
+def test_the_size_of_a_batch_changes_no_score(use, data, batch):
+    found = {number: [(index, *box, 0.9) for index, *box in objects] for number, (_, objects) in SCENES.items()}
+    assert evaluate(use(FakeRunner(found)), data, batch=batch).scores.ap == pytest.approx(1)

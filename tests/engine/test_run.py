@@ -1,5 +1,7 @@
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from tests.engine.conftest import classify_config
 from visionattn.config import load_config
+from visionattn.data.summary import Summary
 from visionattn.engine import run as run_module
 from visionattn.engine.run import RunFolder, write_json
 from visionattn.errors import ConfigError
@@ -86,6 +89,97 @@ def test_environment_tells_what_ran(config):
 def test_no_commit_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["commit"] is None
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from visionattn.engine.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_held_until_its_process_dies_however_that_is(config):
+    run = RunFolder.open(config, False)
+    run.create(config)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    before = sorted(run.path.iterdir())
+    with pytest.raises(ConfigError, match=rf"classify/run is being trained in by process {other.pid} on .*; wait"):
+        run.held(resume=True).__enter__()
+    assert sorted(run.path.iterdir()) == before
+    other.kill()
+    other.wait()
+    with run.held(resume=True), pytest.raises(ConfigError, match=f"by process {os.getpid()} on"):
+        run.held(resume=True).__enter__()
+    with run.held(resume=True):
+        pass
+
+
+def test_two_that_begin_at_once_do_not_share_a_folder(config):
+    first, second = RunFolder.open(config, False), RunFolder.open(config, False)
+    with first.held(resume=False):
+        first.create(config)
+    with pytest.raises(ConfigError, match="is in use; go on with --resume"):
+        second.held(resume=False).__enter__()
+
+
+def fail(run, config, resume=False, checkpoint=False):
+    with pytest.raises(OSError, match="disk full"), run.held(resume):  # noqa: PT012
+        run.create(config)
+        if checkpoint:
+            (run.weights / "last.pt").touch()
+        raise OSError("disk full")
+
+
+def test_a_start_that_fails_leaves_nothing(config, tmp_path):
+    fail(RunFolder.open(config, False), config)
+    assert list(tmp_path.iterdir()) == []
+    folder = tmp_path / "runs/classify/run"
+    folder.mkdir(parents=True)
+    fail(RunFolder.open(config, False), config)
+    assert list(folder.iterdir()) == [], "a folder that was there stays"
+
+
+def test_a_failure_after_a_checkpoint_or_of_a_resumed_run_loses_nothing(config):
+    run = RunFolder.open(config, False)
+    fail(run, config, checkpoint=True)
+    assert (run.weights / "last.pt").is_file()
+    (run.weights / "last.pt").unlink()
+    fail(RunFolder.open(config, True), config, resume=True)
+    assert (run.path / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ["b", "a"]}, r"the classes were \['a', 'b'\], now they are \['b', 'a'\]"),
+        ({"counts": {"train": 3, "val": 1}}, "train had 2 images, now it has 3"),
+        ({"digests": {"train": "x", "val": "z"}}, "other images or labels are in val"),
+    ],
+)
+def test_a_run_is_resumed_on_the_data_that_it_began_on(config, change, message):
+    run = RunFolder.open(config, False)
+    data = Summary(names=["a", "b"], counts={"train": 2, "val": 1}, digests={"train": "x", "val": "y"})
+    run.remember(data)
+    run.create(config)
+    run.remember(data.model_copy(update=change))
+    run.remember(data)
+    (run.weights / "last.pt").touch()
+    run.remember(data)
+    with pytest.raises(ConfigError, match=f"was trained on other data: {message}; put the data back as it was"):
+        run.remember(data.model_copy(update=change))
+
+
+def test_a_run_of_before_data_was_remembered_is_resumed_with_a_warning(config, caplog):
+    run = RunFolder.open(config, False)
+    run.create(config)
+    (run.weights / "last.pt").touch()
+    run.remember(Summary(names=["a"], counts={"val": 1}, digests={"val": "y"}))
+    assert "does not say what it was trained on" in caplog.text
+    assert (run.path / "data.json").is_file()
 
 
 def test_metrics_mark_the_end(config):

@@ -17,6 +17,6 @@ def test_parts_and_shapes_are_those_of_timms_layout() -> None:
 
 def test_parts_are_views() -> None:
     x = torch.zeros(2, 5, 36)
-    for part, value in zip(views(x, 3), (1.0, 2.0, 3.0), strict=True):
+    for part, value in zip(views(x, 3, 4), (1.0, 2.0, 3.0), strict=True):
         part.fill_(value)
     assert torch.equal(x[0, 0], torch.tensor([1.0] * 12 + [2.0] * 12 + [3.0] * 12))

@@ -1,6 +1,8 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,13 +13,34 @@ import yaml
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-@pytest.fixture(scope="session")
-def tool():
+def process(name, cwd, *arguments):
     """Run a tool in a new process, in a folder that is not the repository."""
+    command = [sys.executable, TOOLS / f"{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a tool in this process as if it were the program: what it imports is there already."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=captured.out, stderr=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def tool(call, monkeypatch):
+    """Run a tool in this process, in a folder that is not the repository."""
 
     def run(name, cwd, *arguments):
-        command = [sys.executable, TOOLS / f"{name}.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        monkeypatch.chdir(cwd)
+        return call(name, *arguments)
 
     return run
 

@@ -1,11 +1,8 @@
 """What is wrong is said in one error with exit code 2, before anything is written."""
 
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.data.conftest import truncate
-from tests.tools.conftest import TOOLS
+from tests.data.conftest import save_image, truncate
 from visionattn.data.scenes import make_scenes
 from visionattn.detection import MODELS
 from visionattn.detection.device_loader import UNSUPPORTED
@@ -49,20 +45,6 @@ def place(scenes, tmp_path, monkeypatch):
     torch.save({"model": Code(tmp_path / "code-ran")}, "code.pt")
     save_file({"weight": torch.zeros(1)}, "foreign.safetensors")
     return tmp_path
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run a tool in this process as if it were the program."""
-
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=captured.out, stderr=captured.err)
-
-    return run
 
 
 def files(folder):
@@ -113,6 +95,55 @@ def test_batches_made_on_the_device_know_fewer_options(call, place, name):
     assert error == f"loader: device does no {name}; set them to 0, or take loader: workers\n"
 
 
+CROP = "augment: it makes inputs of .*, expected .64, 64, 3., uint8, by imgsz 64"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "augment=[{RandomCrop: {height: 500, width: 500, p: 0.1}}]",
+            "augment: it cannot be applied to inputs of 64 x 64",
+        ),
+        ("augment=[{BBoxSafeRandomCrop: {p: 0.1}}]", CROP),
+        ("augment=[{CenterCrop: {height: 32, width: 32, p: 0.1}}]", CROP),
+        ("augment=[{CenterCrop: {height: 32, width: 32, p: 1}}, {Resize: {height: 64, width: 64, p: 0.5}}]", CROP),
+        ("ultralytics.freeze=99", r"ultralytics.freeze: got layer \d+; the layers are 0 to \d+"),
+        ("ultralytics.freeze=[99]", "ultralytics.freeze: got layer 99"),
+        ("ultralytics.freeze=[nose]", "ultralytics.freeze: got 'nose', which names no part with weights"),
+        ("ultralytics.pretrained=nope", "ultralytics.pretrained: weights not found: nope; give a .pt file, or one of"),
+        ("ultralytics.distill_model=nope.pt", "ultralytics.distill_model: weights not found: nope.pt"),
+        ("imgsz=70", "imgsz: got 70, expected a multiple of 32, such as 64 or 96"),
+        ("ultralytics.lr0=0.1", "lr0 and momentum are not used with optimizer: auto, .*; set ultralytics.optimizer"),
+        ("ultralytics.cache=disk", "cache: disk writes NAME.npy beside each picture"),
+    ],
+)
+def test_what_training_would_stop_at_is_found_before(call, place, override, message):
+    error = refused(call, place, "train", "--config", "c.yaml", "--set", override)
+    assert re.search(message, error, re.DOTALL)
+    assert not (place / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("augment=[{RandomCrop: {height: 32, width: 32, p: 0.1}}]", "of which one has 24 x 64 pixels: Crop size"),
+        ("batch=1", "batch: got 1, which this model cannot be trained by .*; give 2 or more"),
+        ("device=cuda:77", "device"),
+    ],
+)
+def test_training_a_classifier_refuses(call, place, override, message):
+    for split in ("train", "val"):
+        for name in "ab":
+            for number, size in enumerate([(64, 64), (64, 64), (24, 64), (64, 64)]):
+                save_image(place / "k" / split / name / f"{number}.png", size)
+    options = {"epochs": 1, "batch": 4, "imgsz": 32, "device": "cpu", "workers": 0}
+    config = {"task": "classify", "model": "lat_nano", "data": "k", **options}
+    (place / "k.yaml").write_text(yaml.safe_dump(config))
+    error = refused(call, place, "train", "--config", "k.yaml", "--set", override)
+    assert re.search(message, error, re.DOTALL)
+
+
 def test_batches_made_on_the_device_know_no_albumentations(call, place):
     overrides = ("--set", "loader=device", "--set", "augment=[{ToGray: {p: 0.5}}]", "--set", "ultralytics.mixup=0.5")
     error = refused(call, place, "train", "--config", "c.yaml", *overrides)
@@ -142,7 +173,7 @@ def test_a_benchmark_that_cannot_begin(call, place, arguments, message):
 def test_training_that_cannot_begin_leaves_no_run_folder(call, place):
     done = call("train", "--config", "c.yaml", "--set", "ultralytics.optimizer=foo")
     assert done.returncode == 2
-    assert "cannot begin this training: " in done.stderr
+    assert "this training cannot begin: " in done.stderr
     assert "foo" in done.stderr
     assert not (place / "runs" / "detect" / "c").exists()
 
@@ -205,6 +236,9 @@ def test_evaluating_on_other_classes(call, place, weights):
         ("clip.mp4", "source not found: clip.mp4; give a picture, a folder, a video, or a camera's number such as 0"),
         ("set/labels", "no pictures in .*/set/labels; suffixes known: .*.jpg"),
         ("c.yaml", "c.yaml can be decoded neither as a picture nor as a video; convert it to png or mp4"),
+        ("", "source is empty; give a picture"),
+        ("²", "source not found: ²; give a picture"),
+        ("٣", "source not found: ٣; give a picture"),
         ("99", "camera 99 cannot be opened; check that it is plugged in.* or give a picture"),
     ],
 )

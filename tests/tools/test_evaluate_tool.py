@@ -1,5 +1,7 @@
 import json
 
+from tests.tools.conftest import process
+
 
 def test_scores_are_printed_and_written(tool, weights, data, tmp_path):
     report = tmp_path / "report.json"
@@ -16,8 +18,8 @@ def test_scores_are_printed_and_written(tool, weights, data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_an_error_is_one_line_and_code_2(tool, data, tmp_path):
-    done = tool("evaluate", tmp_path, "--weights", "missing.pt", "--data", data)
+def test_an_error_is_one_line_and_code_2(data, tmp_path):
+    done = process("evaluate", tmp_path, "--weights", "missing.pt", "--data", data)
     assert done.returncode == 2
     assert done.stderr.startswith("error: weights not found: missing.pt")
     assert "Traceback" not in done.stderr

@@ -1,17 +1,14 @@
 """The command line of export, end to end."""
 
 import re
-import runpy
 import shutil
-import sys
-from types import SimpleNamespace
+from functools import partial
 
 import onnx
 import pytest
 import torch
 
 from tests.export.conftest import make_detector
-from tests.tools.conftest import TOOLS
 from visionattn.cli import size_of
 from visionattn.data.scenes import make_scenes
 from visionattn.errors import ConfigError
@@ -42,22 +39,12 @@ def weights(made, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    """Run the tool in this process as if it were the program."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TOOLS / "export.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=captured.out, stderr=captured.err)
-
-    return run
+def export(call):
+    return partial(call, "export")
 
 
-def test_onnx_with_scores(call, weights, scenes, tmp_path):
-    done = call("--weights", weights, "--verify-data", scenes, "--imgsz", "64,96", "--batch", 2)
+def test_onnx_with_scores(export, weights, scenes, tmp_path):
+    done = export("--weights", weights, "--verify-data", scenes, "--imgsz", "64,96", "--batch", 2)
     assert done.returncode == 0, done.stderr
     assert "ten.pt: detect, fp32, at 64x96 px, batch 2" in done.stdout
     assert "dynamic: nothing; nms: none; ONNX opset: 18" in done.stdout
@@ -70,10 +57,10 @@ def test_onnx_with_scores(call, weights, scenes, tmp_path):
     assert [d.dim_value for d in onnx.load("ten.onnx").graph.input[0].type.tensor_type.shape.dim] == [2, 3, 64, 96]
 
 
-def test_a_file_that_scores_less_is_not_kept(call, weights, scenes, tmp_path, monkeypatch):
+def test_a_file_that_scores_less_is_not_kept(export, weights, scenes, tmp_path, monkeypatch):
     scores = iter((0.5, 0.499))
     monkeypatch.setattr("visionattn.engine.scores._headline", lambda *_: next(scores))
-    done = call("--weights", weights, "--format", "torchscript", "--verify-data", scenes, "--imgsz", 64)
+    done = export("--weights", weights, "--format", "torchscript", "--verify-data", scenes, "--imgsz", 64)
     assert done.returncode == 2
     assert re.search(
         r"error: the file has 0\.4990 on \S+ val, its weights 0\.5000; .* 0\.0005 less.*Nothing was written",
@@ -82,18 +69,18 @@ def test_a_file_that_scores_less_is_not_kept(call, weights, scenes, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["ten.pt"]
 
 
-def test_data_of_other_classes(call, scenes, tmp_path, monkeypatch):
+def test_data_of_other_classes(export, scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = call("--weights", "yolo-lat-n", "--format", "torchscript", "--imgsz", 64, "--verify-data", scenes)
+    done = export("--weights", "yolo-lat-n", "--format", "torchscript", "--imgsz", 64, "--verify-data", scenes)
     assert done.returncode == 2
     assert "error: the weights know 80 classes" in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_options_of_a_model_of_timm(call, tmp_path, monkeypatch):
+def test_options_of_a_model_of_timm(export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--model-kwargs", "depth=1", "--model-kwargs", "attn_layer=ela_sum", "--model-kwargs", "num_classes=7")
-    done = call("--weights", "test_vit", "--format", "torchscript", *options)
+    done = export("--weights", "test_vit", "--format", "torchscript", *options)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "export" / "test_vit.torchscript"
     assert f"written: {path}" in done.stdout
@@ -102,10 +89,18 @@ def test_options_of_a_model_of_timm(call, tmp_path, monkeypatch):
     assert len([name for name in session.module.state_dict() if name.endswith("mlp.fc1.weight")]) == 1
 
 
-def test_features(call, tmp_path, monkeypatch):
+def test_shipped_weights_are_told_from_a_model_without(export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, trained in (("yolo-lat-p-aquarium", True), ("yolo-lat-p", False)):
+        done = export("--weights", name, "--format", "torchscript", "--imgsz", 64)
+        assert done.returncode == 0, done.stderr
+        assert ("untrained" in done.stdout) is not trained
+
+
+def test_features(export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--features", "--output", "here.torchscript", "--imgsz", 64)
-    done = call("--weights", "test_resnet", "--format", "torchscript", *options)
+    done = export("--weights", "test_resnet", "--format", "torchscript", *options)
     assert done.returncode == 0, done.stderr
     assert "test_resnet: features, fp32, at 64 px, batch 1" in done.stdout
     for name in ("map0", "map1"):
@@ -114,10 +109,10 @@ def test_features(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the engine runs")
-def test_an_engine_is_told_not_to_have_run(call, weights, tmp_path):
+def test_an_engine_is_told_not_to_have_run(export, weights, tmp_path):
     pytest.importorskip("tensorrt_rtx_bindings")
     options = ("--format", "tensorrt-rtx", "--precision", "fp16", "--level", 0, "--workspace", 1, "--imgsz", 64)
-    done = call("--weights", weights, *options)
+    done = export("--weights", weights, *options)
     assert done.returncode == 0, done.stderr
     assert "the file was built but NOT RUN here; the graph that it was built of was compared. " in done.stdout
     assert "need an NVIDIA GPU, and there is none here" in done.stdout
@@ -126,9 +121,9 @@ def test_an_engine_is_told_not_to_have_run(call, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_by_calibration(call, weights, scenes, tmp_path):
+def test_int8_by_calibration(export, weights, scenes, tmp_path):
     options = ("--precision", "int8", "--calibrate", scenes, "--calibration-size", 12, "--imgsz", 64)
-    done = call("--weights", weights, *options)
+    done = export("--weights", weights, *options)
     assert done.returncode == 0, done.stderr
     assert re.search(r"largest rms error \S+, accepted for int8: 0\.15", done.stdout)
     assert "QuantizeLinear" in {node.op_type for node in onnx.load("ten-int8.onnx").graph.node}
@@ -146,13 +141,15 @@ def test_int8_by_calibration(call, weights, scenes, tmp_path):
         (("--output", "m.pt"), "names of onnx end in .onnx"),
         (("--precision", "int8"), "int8 needs images to calibrate by"),
         (("--nms", "embedded", "--conf", "1.5"), "got conf 1.5, iou 0.7, max_det 300; expected 0..1"),
+        (("--conf", "0.25"), "--conf, --iou and --max-det are fixed in a file by --nms embedded alone, got --nms none"),
+        (("--nms", "free", "--max-det", "10"), "by --nms embedded alone, got --nms free"),
         (("--batch", "0"), "got batch 0, expected 1 or more"),
         (("--precision", "int8", "--calibrate", "nowhere"), "nowhere"),
         (("--max-size", "1,2,3"), "got size '1,2,3'"),
     ],
 )
-def test_bad_options(call, weights, tmp_path, options, message):
-    done = call("--weights", weights, *options)
+def test_bad_options(export, weights, tmp_path, options, message):
+    done = export("--weights", weights, *options)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -161,17 +158,17 @@ def test_bad_options(call, weights, tmp_path, options, message):
 
 
 @pytest.mark.parametrize("options", [("--precision", "fp64"), ("--nms", "soft"), ("--level", "6"), ()])
-def test_options_that_typer_refuses(call, weights, tmp_path, options):
-    done = call(*(("--weights", weights) if options else ()), *options)
+def test_options_that_typer_refuses(export, weights, tmp_path, options):
+    done = export(*(("--weights", weights) if options else ()), *options)
     assert done.returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["ten.pt"]
 
 
-def test_weights_that_are_none(call, tmp_path, monkeypatch):
+def test_weights_that_are_none(export, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("no weights")
     for name, message in (("text.pt", "text.pt is damaged"), ("gone.pt", "weights not found: gone.pt")):
-        done = call("--weights", name)
+        done = export("--weights", name)
         assert (done.returncode, message in done.stderr) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 

@@ -37,7 +37,7 @@ def epochs(folder):
         return [int(row["epoch"]) for row in csv.DictReader(file)]
 
 
-def test_killed_resumed_and_run_again(config, tmp_path):
+def test_killed_resumed_and_run_again(tool, config, tmp_path):
     folder = tmp_path / "runs/classify/levels"
     command = [sys.executable, TOOL, "--config", config]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -48,7 +48,7 @@ def test_killed_resumed_and_run_again(config, tmp_path):
     process.wait()
     assert not (folder / "metrics.json").exists(), "the kill came too late to test anything"
 
-    again = run(tmp_path, "--config", config)
+    again = tool("train", tmp_path, "--config", config)
     assert again.returncode == 2
     assert "is in use; go on with --resume" in again.stderr
 
@@ -61,7 +61,7 @@ def test_killed_resumed_and_run_again(config, tmp_path):
     assert f"top1     {metrics['top1']:.4g}\n" in resumed.stdout
     assert f"epoch {EPOCHS}/{EPOCHS}" in resumed.stderr, "a progress bar for each epoch"
 
-    finished = run(tmp_path, "--config", config, "--resume")
+    finished = tool("train", tmp_path, "--config", config, "--resume")
     assert (finished.returncode, finished.stdout) == (0, resumed.stdout)
     assert "epoch" not in finished.stderr
 
@@ -97,8 +97,8 @@ def test_interrupted(config, tmp_path):
         (["--set", "data=nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_one_line_exit_code_2_and_nothing_written(config, tmp_path, arguments, message):
-    done = run(tmp_path, "--config", config, *arguments)
+def test_mistakes_are_one_line_exit_code_2_and_nothing_written(tool, config, tmp_path, arguments, message):
+    done = tool("train", tmp_path, "--config", config, *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert message in done.stderr

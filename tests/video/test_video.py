@@ -1,13 +1,14 @@
 import logging
+import weakref
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.errors import SourceError, UnsupportedError
+from visionattn.errors import ConfigError, SourceError, UnsupportedError
 from visionattn.export import Detections
-from visionattn.video import open_source, predict, sink
+from visionattn.video import Source, open_source, predict, sink
 from visionattn.video.draw import draw
 
 NAMES = {0: "ant", 1: "bee"}
@@ -211,6 +212,30 @@ class TestPredict:
             predict(Fails(), open_source(str(clip)), tmp_path / "out")
         assert files_in(tmp_path / "out") == []
 
+    @pytest.mark.parametrize("size", [0, 1000, 4000])
+    def test_a_video_on_a_full_disk(self, clip, tmp_path, full_disk, size):
+        source = open_source(str(clip))
+        with full_disk(size), pytest.raises(SourceError, match=r"clip\.mp4 cannot be written: .*disk"):
+            predict(FakeRunner(), source, tmp_path / "out")
+        assert files_in(tmp_path / "out") == []
+
+    def test_pictures_on_a_full_disk(self, pictures, tmp_path, full_disk):
+        source = open_source(str(pictures))
+        with full_disk(100), pytest.raises(OSError, match=r"a\.jpg"):
+            predict(FakeRunner(), source, tmp_path / "out")
+        assert files_in(tmp_path / "out") == []
+
+    @pytest.mark.parametrize("what", ["b.png", "", "clip.avi"])
+    def test_an_earlier_output_is_never_replaced(self, pictures, clip, tmp_path, what):
+        text = str(clip if what == "clip.avi" else pictures / what)
+        first = predict(FakeRunner(), open_source(text), tmp_path / "out")
+        before = {path: path.read_bytes() for path in first.paths}
+        runner = FakeRunner()
+        with pytest.raises(ConfigError, match=r"would be replaced; give another --output folder"):
+            predict(runner, open_source(text), tmp_path / "out")
+        assert runner.calls == 0
+        assert {path: path.read_bytes() for path in first.paths} == before
+
     @pytest.mark.parametrize("name", ["b.png", ""])
     def test_the_source_is_never_replaced(self, pictures, name):
         before = (pictures / "b.png").read_bytes()
@@ -237,7 +262,8 @@ class TestPredict:
             def release(self):
                 pass
 
-        monkeypatch.setattr(cv2, "VideoCapture", lambda number: Camera())
+        real = cv2.VideoCapture
+        monkeypatch.setattr(cv2, "VideoCapture", lambda what: Camera() if what == 3 else real(what))
         source = open_source("3")
         assert (source.kind, source.name, source.count) == ("camera", "camera3", None)
         summary = predict(FakeRunner(), source, tmp_path)
@@ -279,3 +305,53 @@ class TestWindow:
         with pytest.raises(UnsupportedError, match="no window can be opened"):
             predict(FakeRunner(), open_source(str(pictures)), tmp_path / "out", show=True)
         assert files_in(tmp_path / "out") == []
+
+
+class TestFormats:
+    def test_a_rate_that_is_no_whole_number_and_odd_sides(self, tmp_path):
+        source = Source(
+            "video", "ntsc", iter([(str(i), grey(40 * i, 131, 97)) for i in range(6)]), count=6, fps=30000 / 1001
+        )
+        predict(FakeRunner(), source, tmp_path / "out")
+        written = open_source(str(tmp_path / "out" / "ntsc.mp4"))
+        assert written.fps == pytest.approx(30000 / 1001, abs=1e-4)
+        assert [frame.shape for _, frame in written] == [(96, 130, 3)] * 6
+
+    @pytest.mark.parametrize("fps", [12.345678, 59.94, 7.0, 0.5])
+    def test_other_rates(self, tmp_path, fps):
+        source = Source("video", "v", iter([(str(i), grey(40 * i)) for i in range(4)]), count=4, fps=fps)
+        predict(FakeRunner(), source, tmp_path / "out")
+        assert open_source(str(tmp_path / "out" / "v.mp4")).fps == pytest.approx(fps, rel=1e-3)
+
+    def test_a_video_that_says_it_is_turned_is_upright(self, tmp_path):
+        path = tmp_path / "turned.mp4"
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (128, 96))
+        for _ in range(3):
+            writer.write(np.vstack([grey(200, height=48), grey(20, height=48)]))
+        writer.release()
+        content = bytearray(path.read_bytes())
+        matrix = content.index(b"tkhd") + 4 + 40  # of version 0: after its flags, times, layer and volume
+        turn = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # a quarter to the right
+        content[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in turn)
+        path.write_bytes(content)
+        frames = [frame for _, frame in open_source(str(path))]
+        assert [frame.shape for frame in frames] == [(128, 96, 3)] * 3
+        assert frames[0][:, 60:].mean() > 150 > 100 > frames[0][:, :36].mean()
+
+    def test_frames_are_not_kept(self, tmp_path):
+        alive, most = weakref.WeakSet(), 0
+
+        class Frame(np.ndarray):
+            __hash__ = object.__hash__
+
+        def frames():
+            nonlocal most
+            for number in range(100):
+                frame = grey(number).view(Frame)
+                alive.add(frame)
+                most = max(most, len(alive))
+                yield str(number), frame
+                del frame
+
+        predict(FakeRunner(), Source("video", "long", frames(), count=100), tmp_path / "out")
+        assert most <= 3

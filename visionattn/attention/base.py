@@ -196,9 +196,9 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (B, H, N, head_dim), of a packed projection."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            q, k, v = views(x, self.num_heads)
+            q, k, v = views(x, self.num_heads, self.head_dim)
         else:
-            q, k, v = unpack(x, self.num_heads)
+            q, k, v = unpack(x, self.num_heads, self.head_dim)
         return self.q_norm(q), self.k_norm(k), v
 
     def convolve(self, v: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -19,7 +19,7 @@ class DarkAttention(RandomFeatures, PositiveAttention):
 
     Positive random features of M q and M k estimate it without bias; M starts as the identity, where this is Performer.
     The kernel changes with M: it is no estimate of softmax attention. Where the query and key projections are trained
-    too, they can absorb M; it is of use where they are frozen or pretrained, and after :func:`whiten`.
+    too, they can absorb M; it is of use where they are frozen or pretrained.
 
     The parameter is ``shift``, M - I, (heads, head_dim, head_dim), so that weight decay draws M to the identity.
 
@@ -81,6 +81,10 @@ class DarkAttention(RandomFeatures, PositiveAttention):
 @contextmanager
 def whiten(model: nn.Module, loading: float = 1e-4) -> Iterator[None]:
     """Start every :class:`DarkAttention` of a model from data: M makes its queries and keys isotropic.
+
+    This is for study. No start from data was found that trains to more than the identity, where every M begins: M^T M
+    is then the inverse of the second moment, a kernel that weighs directions of noise as much as those that tell tokens
+    apart, and that takes from trained queries and keys what they have learned.
 
     Run one forward pass within; each layer sets its M from what reaches it, and goes on with the new one::
 

@@ -1,5 +1,6 @@
 """Classifiers of timm: built from names and options, kept in one safetensors file that says how to build them again."""
 
+import logging
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn
 from visionattn.attention import attention_layer
 from visionattn.blocks import block_layer
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
+
+_log = logging.getLogger("visionattn")
 
 _FORMAT = "visionattn-classifier"
 _OURS = {"num_classes": "the classes are those of the data", "img_size": "the size is imgsz"}
@@ -63,7 +66,8 @@ def build_classifier(name: str, classes: list[str], imgsz: int, options: dict[st
             ``classes``, it gets a new head.
         classes: names of the classes.
         imgsz: side of the square input in pixels.
-        options: further arguments of ``timm.create_model``; none with ``.safetensors``, which has its own.
+        options: further arguments of ``timm.create_model``; with ``.safetensors`` in place of the file's own, such as
+            another ``attn_layer``. What weights the file lacks for them begins as it is made.
 
     Raises:
         ConfigError: the name or an option is unknown, or the model does not take such images.
@@ -104,17 +108,25 @@ def save_classifier(
     """
     header = _Header(name=name, kwargs=kwargs, classes=classes, data_config=data_config)
     partial = path.with_name(f"{path.name}.partial")
-    save_model(model, str(partial), {"format": _FORMAT, "classifier": header.model_dump_json()})
-    partial.replace(path)
+    try:
+        save_model(model, str(partial), {"format": _FORMAT, "classifier": header.model_dump_json()})
+        partial.replace(path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def load_classifier(path: str | Path, device: str = "cpu", options: dict[str, Any] | None = None) -> Classifier:
+def load_classifier(
+    path: str | Path, device: str = "cpu", options: dict[str, Any] | None = None, lacking: bool = False
+) -> Classifier:
     """Build the classifier that a file describes and load its weights; no code in the file is run.
 
     Args:
         path: file written by :func:`save_classifier`.
         device: where to put the model, as torch names it.
         options: arguments of ``timm.create_model`` in place of the file's, such as ``dynamic_img_size``.
+        lacking: whether the file may lack weights that the options ask for; a warning names them.
 
     Raises:
         WeightsError: the file is missing, damaged, not ours, or does not fit its own description.
@@ -124,13 +136,19 @@ def load_classifier(path: str | Path, device: str = "cpu", options: dict[str, An
     try:
         kwargs = header.kwargs | (options or {})
         model = timm.create_model(header.name, num_classes=len(header.classes), **_parts(kwargs))
-        load_model(model, str(path))
+        missing, foreign = load_model(model, str(path), strict=not lacking)
+        if foreign:
+            raise ValueError(f"there is no place for {', '.join(sorted(foreign))}")
         create_transform(**header.data_config)
     except Exception as error:  # a model refuses what it likes
         raise WeightsError(
-            f"{path}: the weights do not fit the model they describe, {header.name} with {len(header.classes)} classes "
-            f"({error}); give a file as training wrote it"
+            f"{path}: the weights do not fit the model they describe, {header.name} with {len(header.classes)} classes"
+            f"{f' and {options}' if options else ''} ({error}); give a file as training wrote it"
         ) from error
+    if missing:
+        _log.warning(
+            "%s lacks %d weights, which begin as they are made: %s", path, len(missing), ", ".join(sorted(missing))
+        )
     return Classifier(model.to(device).eval(), header.name, kwargs, header.classes, header.data_config)
 
 
@@ -157,18 +175,20 @@ def _read_header(path: Path) -> _Header:
 
 
 def _started(path: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
-    found = load_classifier(path)
+    _refuse(options, _OURS | dict.fromkeys(_START, "the weights to start from are those of the model"))
+    found = load_classifier(path, options=options, lacking=bool(options))
     size = found.data_config["input_size"][-1]
-    if options:
-        raise ConfigError(
-            f"timm.model: got {', '.join(options)}, but {path} says itself what its model is; leave it empty"
-        )
     if size != imgsz:
         raise ConfigError(f"imgsz: got {imgsz}, but {path} was trained with {size}; set imgsz={size}")
     if found.classes != classes:
         model: Any = found.model
         model.reset_classifier(len(classes))
     return Classifier(found.model, found.name, found.kwargs, classes, found.data_config)
+
+
+def _refuse(options: dict[str, Any], unfit: dict[str, str]) -> None:
+    for key in unfit.keys() & options.keys():
+        raise ConfigError(f"timm.model.{key} is not to be set: {unfit[key]}; remove it")
 
 
 def _parts(options: dict[str, Any]) -> dict[str, Any]:
@@ -224,8 +244,7 @@ def has_fixed_size(name: str) -> bool:
 
 
 def _created(name: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
-    for key in _OURS.keys() & options.keys():
-        raise ConfigError(f"timm.model.{key} is not to be set: {_OURS[key]}; remove it")
+    _refuse(options, _OURS)
     sized = {"img_size": imgsz} if has_fixed_size(name) else {}
     model = create_model(name, {"num_classes": len(classes)} | sized | options)
     kwargs = {key: value for key, value in (sized | options).items() if key not in _START}

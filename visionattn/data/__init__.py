@@ -1,6 +1,6 @@
 """Data sets: embedded ones that need no download, and the user's own, read and checked before anything is trained."""
 
-from visionattn.data.augment import build_augment
+from visionattn.data.augment import build_augment, variants
 from visionattn.data.calibration import calibration_images
 from visionattn.data.classification import ClassificationData, check_images, load_classification_data
 from visionattn.data.coco import coco_ground_truth, write_coco
@@ -13,8 +13,9 @@ from visionattn.data.detection import (
     write_data_yaml,
 )
 from visionattn.data.embedded import EMBEDDED, embedded_path
-from visionattn.data.files import IMAGE_SUFFIXES, load_image
+from visionattn.data.files import IMAGE_SUFFIXES
 from visionattn.data.labels import label_path
+from visionattn.pictures import load_image
 
 __all__ = [
     "EMBEDDED",
@@ -33,6 +34,7 @@ __all__ = [
     "load_classification_data",
     "load_detection_data",
     "load_image",
+    "variants",
     "write_coco",
     "write_data_yaml",
 ]

@@ -1,9 +1,11 @@
 """Augmentations of albumentations, by name, as a configuration lists them."""
 
+import copy
 import inspect
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,16 @@ def build_augment(specs: list[dict[str, dict[str, Any]]]) -> list["A.BasicTransf
         if issubclass(member, A.BasicTransform) and member.__module__.startswith("albumentations.augmentations")
     }
     return [_build(spec, known) for spec in specs]
+
+
+def variants(transforms: list["A.BasicTransform"]) -> Iterator[list["A.BasicTransform"]]:
+    """Yield copies to try: with all that comes by chance, with nothing of it, and with each part of it alone."""
+    chance = [index for index, transform in enumerate(transforms) if transform.p < 1]
+    for chosen in dict.fromkeys((tuple(chance), (), *((index,) for index in chance))):
+        copies = copy.deepcopy(transforms)
+        for index, transform in enumerate(copies):
+            transform.p = 1.0 if index not in chance or index in chosen else 0.0
+        yield copies
 
 
 def _build(spec: dict[str, dict[str, Any]], known: dict[str, type["A.BasicTransform"]]) -> "A.BasicTransform":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionattn.data.embedded import EMBEDDED, embedded_path
-from visionattn.data.files import check_each, image_fault, list_images, listing
+from visionattn.data.files import check_each, image_fault, leads_back, list_images, listing
 from visionattn.errors import DataError, suggest
 
 _log = logging.getLogger("visionattn")
@@ -101,7 +101,11 @@ def check_images(data: ClassificationData, splits: Sequence[str], skip_broken: b
 def _class_names(folder: Path, root: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{root}: the folder {folder} is missing; expected one folder of class folders a split")
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    found = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    for entry in found:
+        if leads_back(entry):
+            raise DataError(f"{entry} is a link to a folder that contains it; remove it, or it would be a class")
+    names = [entry.name for entry in found]
     if not names:
         raise DataError(f"{folder}: no class folders; expected {folder}/<class>/<image>")
     return sorted(names)

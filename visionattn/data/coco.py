@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data.files import image_size, write_text
+from visionattn.data.files import write_text
 from visionattn.data.labels import label_path, read_labels
+from visionattn.pictures import image_size
 
 if TYPE_CHECKING:
     from visionattn.data.detection import DetectionData

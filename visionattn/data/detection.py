@@ -1,7 +1,8 @@
 """Detection sets in Ultralytics' form: read, checked, and handed on with absolute paths."""
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any
 import yaml
 
 from visionattn.data.embedded import EMBEDDED, embedded_path
-from visionattn.data.files import IMAGE_SUFFIXES, check_each, image_fault, image_size, list_images, listing, write_text
+from visionattn.data.files import IMAGE_SUFFIXES, check_each, image_fault, list_images, listing, write_text
 from visionattn.data.labels import label_path, read_labels
 from visionattn.data.scenes import make_scenes
 from visionattn.errors import DataError, suggest
+from visionattn.pictures import image_size
 
 LEAST_SIDE = 10
 """Smallest side of an image in pixels; Ultralytics leaves out smaller ones."""
+
+HostCheck = Callable[[Path, Path, int], str]
+"""Takes an image, its label file and the number of classes; returns why a library would leave the image out, or ""."""
 
 _log = logging.getLogger("visionattn")
 
@@ -64,6 +69,11 @@ def load_detection_data(source: str, splits: Sequence[str] = ("train", "val")) -
         accepted = "expected the path of a data.yaml, or the name of an embedded set of scenes"
         raise DataError(f"detection data {source}: there is no file {file}; {accepted} ({suggest(source, scenes)})")
     raw = _read_yaml(file)
+    if raw.get("kpt_shape"):
+        raise DataError(
+            f"{file}: kpt_shape says that labels have keypoints, which would be taken for polygons; remove it, and "
+            "all but the first five numbers of each label"
+        )
     root = file.parent / str(raw.get("path") or "")
     images = {split: _split_images(raw, split, root, file) for split in splits}
     folder_named = source not in EMBEDDED and file.stem in ("data", "dataset")
@@ -71,20 +81,26 @@ def load_detection_data(source: str, splits: Sequence[str] = ("train", "val")) -
     return DetectionData(name, _class_names(raw, file), images)
 
 
-def find_problems(data: DetectionData, splits: Sequence[str]) -> list[Problem]:
-    """Decode every image and parse every label file of ``splits``; a missing label file is no problem."""
+def find_problems(data: DetectionData, splits: Sequence[str], host: HostCheck | None = None) -> list[Problem]:
+    """Decode every image and parse every label file of ``splits``; a missing label file is no problem.
+
+    ``host`` is asked as well, of images and label files without a fault; it gets them and the number of classes.
+    """
     images = list(dict.fromkeys(image for split in splits for image in data.images[split]))
-    found = check_each(partial(_fault, classes=len(data.names)), images, f"checking {data.name}")
+    found = check_each(partial(_fault, classes=len(data.names), host=host), images, f"checking {data.name}")
     return [Problem(image, reason) for image, reason in found]
 
 
-def check_data(data: DetectionData, splits: Sequence[str], skip_broken: bool) -> DetectionData:
+def check_data(
+    data: DetectionData, splits: Sequence[str], skip_broken: bool, host: HostCheck | None = None
+) -> DetectionData:
     """Check images and labels.
 
     Args:
         data: the set.
         splits: splits to check.
         skip_broken: go on without broken images, with a warning for each.
+        host: a further check, as for :func:`find_problems`: of the library that is to train on them.
 
     Returns:
         The set, without broken images.
@@ -94,9 +110,12 @@ def check_data(data: DetectionData, splits: Sequence[str], skip_broken: bool) ->
     """
     for split in splits:
         if not any(label_path(image).is_file() for image in data.images[split]):
-            wanted = label_path(data.images[split][0])
-            raise DataError(f"{data.name}: no image of {split} has a label file; the first one would be {wanted}")
-    problems = find_problems(data, splits)
+            wanted, beside = label_path(data.images[split][0]), data.images[split][0].with_suffix(".txt")
+            why = f"no image of {split} has a label file; the first one would be {wanted}"
+            if beside.is_file():
+                why += f"; labels lie beside the images of a folder named images; move them to {wanted.parent}"
+            raise DataError(f"{data.name}: {why}")
+    problems = find_problems(data, splits, host)
     if problems and not skip_broken:
         raise DataError(
             f"{data.name}: {len(problems)} broken images or label files:\n{listing(problems)}\n"
@@ -128,7 +147,7 @@ def write_data_yaml(data: DetectionData, folder: Path) -> Path:
     return folder / "data.yaml"
 
 
-def _fault(image: Path, classes: int) -> str:
+def _fault(image: Path, classes: int, host: HostCheck | None) -> str:
     fault = image_fault(image)
     if fault:
         return fault
@@ -137,8 +156,9 @@ def _fault(image: Path, classes: int) -> str:
         read_labels(label_path(image), classes)
     except DataError as error:
         return str(error)
-    small = min(width, height) < LEAST_SIDE
-    return f"{width} x {height} pixels, expected {LEAST_SIDE} or more on each side" if small else ""
+    if min(width, height) < LEAST_SIDE:
+        return f"{width} x {height} pixels, expected {LEAST_SIDE} or more on each side"
+    return host(image, label_path(image), classes) if host else ""
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -153,13 +173,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _class_names(raw: dict[str, Any], file: Path) -> dict[int, str]:
     names, count = raw.get("names"), raw.get("nc")
-    if names is None and isinstance(count, int) and count > 0:
+    if names is None and type(count) is int and count > 0:
         return {index: f"class_{index}" for index in range(count)}
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise DataError(
             f"{file}: got names: {raw.get('names')!r}, nc: {count!r}; expected names: a list or mapping of class names"
+        )
+    unfit = [name for name in names.values() if type(name) not in (str, int, float)]
+    if unfit:
+        raise DataError(
+            f"{file}: got the class name {unfit[0]!r}, which is no text; YAML takes yes, no, on, off, null and dates "
+            "for something else unless they are in quotes"
         )
     if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         raise DataError(f"{file}: got class indices {list(names)}, expected 0..{len(names) - 1} without gaps")
@@ -190,11 +216,18 @@ def _split_images(raw: dict[str, Any], split: str, root: Path, file: Path) -> li
 
 
 def _resolve(root: Path, part: str) -> Path:
-    place = (root / part).resolve()
+    """Return where an entry is, by the name that the user gave: labels are sought beside it, not where links lead."""
+    place = _plain(root / part)
     if not place.exists() and part.startswith("../"):  # Roboflow writes ../train/images for train/images
-        within = (root / part[3:]).resolve()
+        within = _plain(root / part[3:])
         return within if within.exists() else place
     return place
+
+
+def _plain(path: Path) -> Path:
+    """Take ``..`` out of an absolute path, unless a link before it makes that another place."""
+    plain = Path(os.path.normpath(path))
+    return plain if not path.exists() or (plain.exists() and plain.samefile(path)) else path
 
 
 def _listed(file: Path) -> list[Path]:
@@ -203,5 +236,11 @@ def _listed(file: Path) -> list[Path]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: expected a text file of image paths, one a line ({error})") from error
-    paths = [(file.parent / line.strip()).absolute() for line in lines if line.strip()]
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = [_plain(file.parent / line.strip()) for line in lines if line.strip()]
+    others = [path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        raise DataError(
+            f"{file}: {len(others)} of {len(paths)} lines name no image:\n{listing(others)}\n"
+            f"correct or remove them; suffixes known: {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return paths

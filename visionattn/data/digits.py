@@ -5,7 +5,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 SIDE = 32
@@ -21,6 +20,8 @@ def load_glyphs(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     Returns:
         Glyphs (N, 8, 8), ink 1 on paper 0, and their classes (N,).
     """
+    from sklearn.datasets import load_digits  # a second of imports that only the makers of sets need
+
     source = load_digits()
     position = np.empty(len(source.target))
     for digit in range(10):

@@ -1,19 +1,20 @@
-"""Files of a data set: images are found, measured, checked and read here; text is written whole or not at all."""
+"""Files of a data set: images are found and checked here; files are written whole or not at all."""
 
-import glob
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from visionattn.errors import DataError
+from visionattn.pictures import load_image
+
+_log = logging.getLogger("visionattn")
 
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
@@ -25,61 +26,58 @@ LISTED = 10
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the images below ``folder``, sorted; hidden files are left out."""
-    # Path.glob would not follow links to folders
-    found = (folder / name for name in glob.glob("**/*.*", root_dir=folder, recursive=True))  # noqa: PTH207
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Return the images below ``folder``, sorted; hidden files are left out.
 
-
-def load_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image, turned upright by its EXIF orientation.
-
-    Returns:
-        BGR array of shape (H, W, 3).
-
-    Raises:
-        DataError: the file is missing or damaged.
+    Links to folders elsewhere are followed, and an image is named as it is found. A link to a folder that is listed by
+    itself, or that contains the link, is not followed: its images would be there twice, or without end.
     """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
-        if image is None:  # a format that OpenCV lacks, or a damaged file, of which PIL tells more
-            with Image.open(path) as opened:
-                image = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))[..., ::-1]
-    except Exception as error:  # decoders raise what they like
-        reason = "in no format that is known" if isinstance(error, ImportError) else error
-        raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove the file") from error
-    return np.ascontiguousarray(image, dtype=np.uint8)
+    found: list[Path] = []
+    others: list[str] = []
+    _walk(folder, os.path.realpath(folder), (), found, others)
+    if others:
+        pictures = [name for name in others if Path(name).suffix.lower() in Image.registered_extensions()]
+        if pictures:
+            _log.warning(
+                "%s: %d pictures of formats that are not read are left out, such as %s; convert them to PNG or JPEG",
+                *(folder, len(pictures), pictures[0]),
+            )
+    return sorted(found)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) in pixels of the upright image, from the file's header alone.
+def leads_back(path: Path) -> bool:
+    """Whether a folder is a link to a folder that contains the link."""
+    return path.is_symlink() and _contains(os.path.realpath(path), os.path.realpath(path.parent))
 
-    Raises:
-        DataError: the file is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            exact = image.format in ("JPEG", "MPO", "PNG", "WEBP")
-    except Exception as error:
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from error
-    if sideways and not exact:  # whether a decoder turns it by itself differs from format to format
-        height, width = load_image(path).shape[:2]
-        return width, height
-    return (height, width) if sideways else (width, height)
+
+def _walk(folder: Path, root: str, chain: tuple[str, ...], found: list[Path], others: list[str]) -> None:
+    """Collect images and names of other files below a folder that was reached through the real folders of ``chain``."""
+    chain = (*chain, os.path.realpath(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            real = os.path.realpath(path)
+            if entry.is_symlink() and (_contains(root, real) or any(_contains(real, above) for above in chain)):
+                _log.warning("%s is not followed: it links to %s, which is listed already", path, real)
+            else:
+                _walk(path, root, chain, found, others)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(path)
+        else:
+            others.append(entry.name)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
 
 def image_fault(path: Path) -> str:
     """Decode an image whole and return what is wrong with it, or an empty string."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except ImportError:  # Ultralytics makes PIL look for a HEIF decoder before it gives up
-        return "unreadable image: in no format that is known"
-    except Exception as error:
-        return f"unreadable image: {error}"
+        load_image(path)
+    except DataError as error:
+        return f"unreadable image: {str(error).removeprefix(f'{path}: ')}"
     return ""
 
 
@@ -99,9 +97,19 @@ def listing(problems: Iterable[Any]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a name beside ``path``, then move it into place."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to, which is moved into place at the end, or removed after an error."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         partial.unlink(missing_ok=True)

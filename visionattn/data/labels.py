@@ -19,7 +19,7 @@ def label_path(image: Path) -> Path:
 
 
 def read_labels(path: Path, classes: int) -> NDArray[np.float64]:
-    """Read and check a label file; equal lines count once.
+    """Read and check a label file; lines whose numbers are equal in single precision count once, as in training.
 
     Args:
         path: label file; a missing or empty one means an image without objects.
@@ -38,19 +38,21 @@ def read_labels(path: Path, classes: int) -> NDArray[np.float64]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as text ({error})") from error
-    rows, widths = [], set()
+    rows: dict[tuple[float, ...], tuple[float, ...]] = {}
+    widths = set()
     for number, line in enumerate(lines, 1):
         fields = line.split()
         if not fields:
             continue
         try:
-            rows.append(_parse(fields, classes))
+            row = _parse(fields, classes)
+            rows.setdefault(tuple(np.array(fields, np.float32).tolist()), row)
         except ValueError as error:
             raise DataError(f"{path}:{number}: {error}; the line is: {line.strip()[:100]}") from None
         widths.add(len(fields))
     if 5 in widths and len(widths) > 1:
         raise DataError(f"{path}: boxes and polygons in one file; Ultralytics accepts either, not both")
-    return np.array(list(dict.fromkeys(rows)), dtype=np.float64).reshape(-1, 5)
+    return np.array(list(rows.values()), dtype=np.float64).reshape(-1, 5)
 
 
 def _parse(fields: list[str], classes: int) -> tuple[float, float, float, float, float]:
@@ -60,7 +62,8 @@ def _parse(fields: list[str], classes: int) -> tuple[float, float, float, float,
         raise ValueError("not all fields are numbers") from None
     if len(fields) != 5 and (len(fields) < 7 or len(fields) % 2 == 0):
         raise ValueError(
-            f"got {len(fields)} numbers, expected 5 (class x y width height) or a class and 3 or more xy pairs"
+            f"got {len(fields)} numbers, expected 5 (class x y width height) or a class and 3 or more xy pairs; "
+            "of labels with keypoints keep the first 5"
         )
     if not (index.is_integer() and 0 <= index < classes):
         raise ValueError(f"got class {fields[0]}, expected an integer in 0..{classes - 1}")

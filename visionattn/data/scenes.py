@@ -11,8 +11,6 @@ import numpy as np
 import yaml
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
-from sklearn.datasets import load_sample_images
-from sklearn.metrics import pairwise_distances
 from tqdm import tqdm
 
 from visionattn.data.coco import coco_form, write_coco
@@ -103,6 +101,8 @@ def draw_scene(
 def _clear_glyphs(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the clearest glyphs of a split, sharpened so that thick pens leave the holes open."""
     glyphs, digits = load_glyphs(split)
+    from sklearn.metrics import pairwise_distances  # a second of imports that only the makers of sets need
+
     distance = pairwise_distances(glyphs.reshape(len(glyphs), -1))
     np.fill_diagonal(distance, np.inf)
     same = digits[:, None] == digits
@@ -119,6 +119,8 @@ def _clear_glyphs(split: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 def _photos(split: str) -> list[NDArray[np.uint8]]:
     """Return the left three quarters of scikit-learn's photographs for ``train``, the rest for ``val``; BGR."""
     pieces = []
+    from sklearn.datasets import load_sample_images  # as above
+
     for photo in load_sample_images().images:
         seam = photo.shape[1] * 3 // 4
         pieces.append(photo[:, seam:, ::-1] if split == "val" else photo[:, :seam, ::-1])

@@ -9,6 +9,8 @@ from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.utils import nms, ops
 
+from visionattn.errors import WeightsError
+
 
 def letterbox(images: Sequence[NDArray[np.uint8]], size: tuple[int, int], device: str) -> Tensor:
     """Fit images into the middle of a grey rectangle, with their proportions.
@@ -25,7 +27,28 @@ def letterbox(images: Sequence[NDArray[np.uint8]], size: tuple[int, int], device
     return torch.from_numpy(fitted).to(device).permute(0, 3, 1, 2).flip(1).float() / 255
 
 
-def suppress(raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bool) -> list[Tensor]:
+def check_form(raw: Tensor, finished: bool, classes: int) -> None:
+    """Refuse a detector's output that is in none of the forms of :func:`suppress`, as RT-DETR's is.
+
+    Args:
+        raw: the output.
+        finished: whether it holds boxes already.
+        classes: how many there are.
+
+    Raises:
+        WeightsError: it has another shape.
+    """
+    if raw.dim() != 3 or (raw.shape[-1] != 6 if finished else raw.shape[1] != 4 + classes):
+        expected = "(B, n, 6), finished boxes" if finished else f"(B, {4 + classes}, n), of {classes} classes"
+        raise WeightsError(
+            f"this detector gives an output of {tuple(raw.shape)}, expected {expected}; only outputs of the heads that "
+            "Ultralytics calls Detect are read"
+        )
+
+
+def suppress(
+    raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bool, finished: bool = False
+) -> list[Tensor]:
     """Turn raw predictions into boxes, best first; overlapping ones of a class are suppressed.
 
     It finds the same boxes however busy the machine is, where the stock call drops the rest of a batch after a limit of
@@ -39,11 +62,11 @@ def suppress(raw: Tensor, conf: float, iou: float, max_det: int, multi_label: bo
         max_det: most boxes of an image.
         multi_label: give a box every class that reaches the threshold, not only its best one, as scoring by COCO's AP
             wants it.
+        finished: whether ``raw`` holds boxes already.
 
     Returns:
         For each image (n, 6): x1, y1, x2, y2, score, class.
     """
-    finished = raw.shape[-1] == 6
     found: list[Tensor] = nms.non_max_suppression(
         raw, conf, iou, multi_label=multi_label, max_det=max_det, max_time_img=float("inf"), end2end=finished
     )

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from ultralytics.nn import tasks
+from ultralytics.nn.modules import Detect
 
 from visionattn.detection.model import YOLOLAT, resolve_model
-from visionattn.errors import WeightsError
+from visionattn.errors import ConfigError, WeightsError
 
 _SWITCH = "ULTRALYTICS_SAFE_LOAD"
 
@@ -37,7 +38,26 @@ def load_detector(weights: str | Path, trust: bool = False) -> YOLOLAT:
         raise WeightsError(f"{weights} cannot be rebuilt as a detector: {error}") from error
     if model.task != "detect":
         raise WeightsError(f"{weights}: got a model for the task {model.task!r}, expected a detector")
+    try:
+        check_head(model)
+    except ConfigError as error:
+        raise WeightsError(f"{weights}: {error}") from error
     return model
+
+
+def check_head(detector: YOLOLAT) -> None:
+    """Refuse a detector whose head is none of those whose boxes are read and trained here, such as RT-DETR's.
+
+    Raises:
+        ConfigError: names the head.
+    """
+    network: Any = detector.model
+    head = network.model[-1]
+    if not isinstance(head, Detect):
+        raise ConfigError(
+            f"its head is {type(head).__name__}, which gives boxes in another form and is trained another way; only "
+            "heads of the kind Detect are read here: use Ultralytics itself, or another model"
+        )
 
 
 def read_checkpoint(weights: Path, trust: bool = False) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """YOLO-LAT: the model class and its packaged yamls."""
 
 import hashlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import yaml_model_load
 
 from visionattn.detection.trainer import LATTrainer
-from visionattn.errors import UnknownNameError, suggest
+from visionattn.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
 
 MODELS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parent / "models").glob("*.yaml"))}
 """Packaged model yamls by name."""
@@ -45,12 +46,17 @@ def fingerprint(model: str) -> str:
 
     Raises:
         UnknownNameError: as :func:`resolve_model`.
-        FileNotFoundError: there is no such file.
+        ConfigError: there is no such model.
     """
     path = resolve_model(model)
-    if path.endswith(".pt"):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    content = {key: value for key, value in yaml_model_load(path).items() if key != "yaml_file"}
+    try:
+        if path.endswith(".pt"):
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        content = {key: value for key, value in yaml_model_load(path).items() if key != "yaml_file"}
+    except Exception as error:  # Ultralytics asserts that a name ends as one of a yaml
+        raise ConfigError(
+            f"model {model!r} cannot be read ({error}); give a packaged name, a model yaml or a .pt file"
+        ) from error
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -74,11 +80,30 @@ class YOLOLAT(YOLO):
         classes["detect"]["trainer"] = LATTrainer
         return classes
 
+    def track(self, *args: Any, **kwargs: Any) -> Any:
+        """Track objects over the frames of a video; arguments as in Ultralytics.
+
+        Raises:
+            UnsupportedError: the package that Ultralytics' trackers need is not installed.
+        """
+        check_tracking()
+        return super().track(*args, **kwargs)
+
+
+def check_tracking() -> None:
+    """Say what tracking lacks before a stream is opened: Ultralytics would fail for want of a module."""
+    if importlib.util.find_spec("lap") is None:
+        raise UnsupportedError(
+            "tracking needs the package lap, which is not installed; pip install 'visionattn[track]'"
+        )
+
 
 def yolo_command(arguments: list[str]) -> None:
     """Run Ultralytics' ``yolo`` command with our blocks and model names known."""
     from ultralytics.cfg import entrypoint
 
+    if "track" in arguments:
+        check_tracking()
     known = [f"model={resolve_model(a[6:])}" if a.startswith("model=") else a for a in arguments]
     sys.argv[:] = ["yolo", *known]  # in place: Ultralytics keeps the list itself
     entrypoint()

@@ -10,7 +10,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ultralytics.data.dataset import YOLODataset
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.modules import Detect
 from ultralytics.utils import RANK
@@ -18,6 +17,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from visionattn.detection.blocks import has_nms_free_branch
 from visionattn.detection.device_loader import DeviceLoader
+from visionattn.errors import DataError
 
 SAVE_EVERY = 20.0
 """Seconds between checkpoints of epochs that are not scored."""
@@ -45,9 +45,19 @@ class LATTrainer(DetectionTrainer):
         return network
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
-        """Build a data set whose labels are read from their files."""
-        with _labels_read_anew(self.save_dir):
-            return super().build_dataset(img_path, mode, batch)
+        """Build a data set and count it: whatever was handed over is in it.
+
+        Raises:
+            DataError: Ultralytics leaves images out.
+        """
+        dataset = super().build_dataset(img_path, mode, batch)
+        if dataset.left_out:
+            files = ", ".join(dataset.left_out[:3])
+            raise DataError(
+                f"Ultralytics leaves {len(dataset.left_out)} of the {mode} images out, such as {files}; the data has "
+                "changed since it was checked: begin again, with skip_broken to go on without them"
+            )
+        return dataset
 
     def save_model(self) -> bool:
         """Save ``last.pt`` and ``best.pt`` under other names, then move them into place.
@@ -66,7 +76,12 @@ class LATTrainer(DetectionTrainer):
             for partial, final in ((self.best, best), (self.last, last)):  # what is resumed from comes last
                 if partial.exists():
                     partial.replace(final)
+        except OSError as error:
+            error.filename = error.filename or str(last)  # a full disk has no name
+            raise
         finally:
+            for partial in (self.last, self.best):
+                partial.unlink(missing_ok=True)
             self.last, self.best = last, best
         return saved
 
@@ -116,21 +131,6 @@ def _copy_branch(head: Any) -> None:
         many = getattr(head, name)
         if many.state_dict().keys() == getattr(head, f"one2one_{name}").state_dict().keys():
             setattr(head, f"one2one_{name}", deepcopy(many))
-
-
-@contextmanager
-def _labels_read_anew(folder: Path) -> Iterator[None]:
-    """Keep Ultralytics from unpickling the label cache that may lie in a data set, and from writing one there."""
-    stock = YOLODataset._load_or_scan_cache
-
-    def scan(dataset: Any, cache: Path, _: str) -> tuple[dict[str, Any], bool]:
-        return dataset.cache_labels(folder / cache.name), False
-
-    YOLODataset._load_or_scan_cache = scan
-    try:
-        yield
-    finally:
-        YOLODataset._load_or_scan_cache = stock
 
 
 @contextmanager

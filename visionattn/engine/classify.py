@@ -1,5 +1,6 @@
 """Training a classifier: a loop of timm's parts on accelerate, which knows devices, mixed precision and torchrun."""
 
+import copy
 import csv
 import inspect
 import io
@@ -28,7 +29,8 @@ from visionattn.backbones.classifier import build_classifier, load_classifier, s
 from visionattn.blocks import balance_loss
 from visionattn.config import ClassifyConfig
 from visionattn.data import ClassificationData, build_augment, check_images, load_classification_data
-from visionattn.data.files import write_text
+from visionattn.data.files import whole, write_text
+from visionattn.data.summary import summarize_classification
 from visionattn.engine.images import Images, check_input, seed_of
 from visionattn.engine.run import RunFolder, is_main_process
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
@@ -60,6 +62,7 @@ def train_classify(config: ClassifyConfig, run: RunFolder, trust: bool = False) 
         WeightsError: the weights to start from, or those to go on from, cannot be loaded.
     """
     training = _Training(config)
+    run.remember(training.data)
     run.create(config)
     last, best = run.weights / "last.pt", run.weights / "best.safetensors"
     if last.exists():
@@ -93,6 +96,8 @@ class _Training:
         self.classifier = build_classifier(config.model, data.names, config.imgsz, config.timm.model)
         model = self.classifier.model.to(self.accelerator.device)
         self.ema = _call("ema", ModelEmaV3, model, **config.timm.ema) if config.timm.ema else None
+        if config.batch == 1:
+            _try_single(self.classifier.model, config.imgsz)
         optimizer = _call("optimizer", create_optimizer_v2, model, **config.timm.optimizer)
         self.mixup, self.loss = _mixup(config, len(data.names))
         train_loader, val_loader = self._loaders(data, augment)
@@ -122,6 +127,7 @@ class _Training:
             "num_workers": min(config.workers, os.cpu_count() or 1),
             "pin_memory": self.accelerator.device.type == "cuda",
         }
+        self.data = summarize_classification(data, {"train": train, "val": val})
         self.images = Images(train, transform, augment, config.seed)
         check_input(self.images, config.imgsz)
         return (
@@ -216,10 +222,11 @@ class _Training:
         timm's CheckpointSaver would remove the old file before it moves the new one into place, and has no scheduler.
         """
         if is_main_process():
-            partial = path.with_name(f"{path.name}.partial")
             state = {name: part.state_dict() for name, part in self._parts.items()}
-            torch.save({**state, "history": self.history}, partial)
-            partial.replace(path)
+            content = io.BytesIO()  # torch itself would not say that a disk is full
+            torch.save({**state, "history": self.history}, content)
+            with whole(path) as partial:
+                partial.write_bytes(content.getbuffer())
 
     def load(self, path: Path) -> None:
         """Go on from a file that :meth:`save` wrote.
@@ -273,6 +280,16 @@ def _accelerator(config: ClassifyConfig) -> Accelerator:
         return Accelerator(cpu=device == "cpu", mixed_precision=config.amp, dataloader_config=loading)
     except ValueError as error:
         raise ConfigError(f"device {device!r} with amp {config.amp}: {error}") from error
+
+
+def _try_single(model: nn.Module, imgsz: int) -> None:
+    """Raise a ConfigError if a model cannot be trained on single images, as with batch normalisation of one value."""
+    trial = copy.deepcopy(model).cpu().train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            trial(torch.zeros(1, 3, imgsz, imgsz))
+    except ValueError as error:
+        raise ConfigError(f"batch: got 1, which this model cannot be trained by ({error}); give 2 or more") from error
 
 
 def _mixup(config: ClassifyConfig, classes: int) -> tuple[Mixup | None, nn.Module]:

@@ -3,11 +3,20 @@
 from typing import Any
 
 from visionattn.config import DetectConfig
-from visionattn.data import build_augment, check_data, load_detection_data, write_data_yaml
-from visionattn.detection import build_detector, check_options, refuse_unsupported, train_detector
+from visionattn.data import build_augment, check_data, load_detection_data, variants, write_data_yaml
+from visionattn.data.summary import summarize_detection
+from visionattn.detection import (
+    build_detector,
+    check_freeze,
+    check_side,
+    checked_options,
+    refuse_unsupported,
+    train_detector,
+    try_augmentations,
+    why_left_out,
+)
 from visionattn.engine.evaluate import evaluate
 from visionattn.engine.run import RunFolder
-from visionattn.errors import ConfigError
 
 
 def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> dict[str, Any]:
@@ -18,28 +27,26 @@ def train_detect(config: DetectConfig, run: RunFolder, trust: bool = False) -> d
         DataError: the data set is missing, incomplete or damaged.
         WeightsError: the weights to start from cannot be loaded.
     """
-    check_options(config.ultralytics, config.device)
+    given = checked_options(config.ultralytics, config.device)
     augmentations = None if config.augment is None else build_augment(config.augment)
+    for variant in variants(augmentations or []):
+        try_augmentations(variant, config.imgsz)
     if config.loader == "device":
-        refuse_unsupported({**config.ultralytics, "augmentations": augmentations})
-    data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken)
+        refuse_unsupported({**given, "augmentations": augmentations})
+    data = check_data(load_detection_data(config.data), ("train", "val"), config.skip_broken, why_left_out)
     detector = build_detector(config.model, trust)
-    fresh = not run.path.exists()
+    check_side(detector, config.imgsz)
+    check_freeze(detector, given.get("freeze"))
+    run.remember(summarize_detection(data, ("train", "val")))
     run.create(config)
     options = {
         "data": str(write_data_yaml(data, run.path / "data")),
         "augmentations": augmentations,
         **config.model_dump(include={"epochs", "batch", "imgsz", "seed", "workers"}),
         **({"device": config.device} if config.device else {}),
-        **config.ultralytics,
+        **given,
     }
-    try:
-        best = train_detector(detector, run.path, trust, config.loader, **options)
-    except (TypeError, ValueError, NotImplementedError, FileNotFoundError) as error:
-        if fresh and not any(run.weights.iterdir()):
-            run.abandon()
-            raise ConfigError(f"Ultralytics cannot begin this training: {error}") from error
-        raise
+    best = train_detector(detector, run.path, trust, config.loader, **options)
     report = evaluate(best, options["data"], imgsz=config.imgsz, device=scoring_device(config.device), trust=trust)
     return report.metrics
 

@@ -26,6 +26,7 @@ from visionattn.detection import resolve_model
 from visionattn.engine.coco import Backend, DetectionScores, load_backend, score
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
 from visionattn.export import Detections, Runner, load_runner
+from visionattn.export.info import ModelInfo
 from visionattn.export.runner import runner_of
 from visionattn.export.session import Session
 from visionattn.record import environment
@@ -61,7 +62,7 @@ class _Report(BaseModel):
         skipped: number of broken images left out.
         imgsz: (H, W) of the network input in pixels.
         precision: of its arithmetic.
-        batch: images at a time.
+        batch: images at a time, as the network took them.
         device: where the model ran.
         threads: of the CPU, 0 for as many as the runtime takes.
         seconds: time for reading the images and running the model on all of them.
@@ -97,12 +98,16 @@ class _Report(BaseModel):
 
 
 class DetectionReport(_Report):
-    """Scores of a detector, and the settings of its boxes."""
+    """Scores of a detector, and the settings of its boxes: those of the file where its graph holds them.
+
+    Attributes:
+        iou: boxes of a class that overlap a better one by more were left out; None where nothing is suppressed.
+    """
 
     task: Literal["detect"] = "detect"
     nms: str
     conf: float
-    iou: float
+    iou: float | None
     max_det: int
     backend: Backend
     scores: DetectionScores
@@ -166,7 +171,7 @@ def evaluate(
         "split": split,
         "imgsz": runner.size,
         "precision": runner.info.precision,
-        "batch": batch,
+        "batch": _batch_used(runner.info, batch),
         "device": runner.device,
         "threads": threads,
         "environment": environment(),
@@ -175,12 +180,23 @@ def evaluate(
         return ClassificationReport(**common, **_classify(runner, data, split, batch, skip_broken))
     settings: dict[str, Any] = {
         "conf": conf,
-        "iou": iou,
-        "max_det": max_det,
+        **_suppression_used(runner.info, iou, max_det),
         "backend": backend,
         "nms": runner.info.nms,
     }
     return DetectionReport(**common, **settings, **_detect(runner, data, split, batch, skip_broken, backend))
+
+
+def _batch_used(info: ModelInfo, asked: int) -> int:
+    """Return how many images a network takes at once, of which a file may have a number of its own."""
+    return min(asked, info.max_batch or asked) if "batch" in info.dynamic else info.batch
+
+
+def _suppression_used(info: ModelInfo, iou: float, max_det: int) -> dict[str, Any]:
+    """Return by what boxes were left out, of which a file may have numbers of its own."""
+    if info.nms == "embedded":
+        return {"iou": info.iou, "max_det": min(max_det, info.max_det or max_det)}
+    return {"iou": iou if info.nms == "none" else None, "max_det": max_det}
 
 
 def score_session(session: Session, data: str, split: str) -> DetectionScores | ClassificationScores:

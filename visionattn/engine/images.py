@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from visionattn.data import load_image
+from visionattn.data import load_image, variants
 from visionattn.errors import ConfigError
+from visionattn.pictures import image_size
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -48,13 +49,30 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def check_input(images: Images, imgsz: int) -> None:
-    """Raise a ConfigError unless augmentation and transform make inputs (3, imgsz, imgsz) of the images."""
-    try:
-        shape = tuple(images[0][0].shape)
-    except Exception as error:  # an augmentation refuses what it likes
-        raise ConfigError(f"augment: it cannot be applied to the images: {error}") from error
-    if shape != (3, imgsz, imgsz):
-        raise ConfigError(f"augment: it makes inputs of {shape}, expected (3, {imgsz}, {imgsz})")
+    """Raise a ConfigError unless augmentation and transform make inputs (3, imgsz, imgsz) of images of every size.
+
+    Sizes are tried rather than images: the narrowest, the lowest, the largest, and as many others.
+    """
+    sizes = {image_size(path) for path, _ in images.samples}
+    extremes = [
+        min(sizes),
+        min(sizes, key=lambda size: size[::-1]),
+        max(sizes),
+        max(sizes, key=lambda size: size[::-1]),
+    ]
+    chain = list(images.augment.transforms) if images.augment else []
+    for width, height in dict.fromkeys([*extremes, *sorted(sizes)[:: len(sizes) // 4 + 1]]):
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        for variant in variants(chain):
+            try:
+                shape = tuple(
+                    images.transform(Image.fromarray(A.Compose(variant, seed=0)(image=pixels)["image"])).shape
+                )
+            except Exception as error:  # an augmentation refuses what it likes
+                what = f"the images, of which one has {width} x {height} pixels"
+                raise ConfigError(f"augment: it cannot be applied to {what}: {error}") from error
+            if shape != (3, imgsz, imgsz):
+                raise ConfigError(f"augment: it makes inputs of {shape}, expected (3, {imgsz}, {imgsz})")
 
 
 def seed_of(*key: int) -> int:

@@ -9,6 +9,7 @@ from visionattn.config import ClassifyConfig, DetectConfig, TrainConfig
 from visionattn.engine.classify import train_classify
 from visionattn.engine.detect import train_detect
 from visionattn.engine.run import RunFolder
+from visionattn.errors import ConfigError, VisionAttnError
 
 _TASKS: dict[type[TrainConfig], tuple[Callable[..., dict[str, Any]], str]] = {
     DetectConfig: (train_detect, "best.pt"),
@@ -49,6 +50,20 @@ def train(config: TrainConfig, resume: bool = False, trust: bool = False) -> Tra
     task, weights = _TASKS[type(config)]
     metrics = run.metrics
     if metrics is None:
-        metrics = task(config, run, trust)
-        run.finished(metrics)
+        with run.held(resume):
+            metrics = _train(task, config, run, trust)
     return TrainResult(run.path, run.weights / weights, metrics)
+
+
+def _train(task: Callable[..., dict[str, Any]], config: TrainConfig, run: RunFolder, trust: bool) -> dict[str, Any]:
+    """Train and note the metrics; whatever a library says before there is a checkpoint is about what it was given."""
+    try:
+        metrics = run.metrics or task(config, run, trust)
+    except (VisionAttnError, OSError):
+        raise
+    except Exception as error:
+        if run.begun:
+            raise
+        raise ConfigError(f"this training cannot begin: {type(error).__name__}: {error}") from error
+    run.finished(metrics)
+    return metrics

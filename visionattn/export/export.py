@@ -213,6 +213,9 @@ def _staged(path: Path, is_folder: bool) -> Iterator[Path]:
         if path.is_dir():  # a folder does not replace another
             path.replace(folder / "old")
         (folder / path.name).replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

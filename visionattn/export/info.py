@@ -18,6 +18,10 @@ KEY = "visionattn"
 """Under it the whole description stands in a file's metadata, as JSON."""
 
 
+_FOREIGN_HEADS = ("RTDETRDecoder",)
+"""Heads for the task detect whose boxes are in another form than Detect's."""
+
+
 class ModelInfo(BaseModel):
     """Description of a network, kept inside every file that holds one.
 
@@ -97,7 +101,7 @@ def read_info(metadata: Mapping[str, Any], path: str) -> ModelInfo:
     except (ValidationError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path} does not say what it is: got metadata {sorted(metadata)}; give a file of tools/export.py, or a "
-            f"detector that Ultralytics exported ({type(error).__name__})"
+            f"detector that Ultralytics exported ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -105,6 +109,8 @@ def _of_ultralytics(found: dict[str, Any]) -> ModelInfo:
     arguments, side = found["args"], found["imgsz"]
     if found["task"] != "detect":
         raise ValueError("a detector is expected")
+    if found.get("head", "Detect") in _FOREIGN_HEADS:
+        raise ValueError(f"its head is {found['head']}, whose boxes are in another form")
     return ModelInfo(
         task="detect",
         names=found["names"],

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionattn.detection import WEIGHTS, in_image, resolve_model, suppress
+from visionattn.detection import WEIGHTS, check_form, in_image, resolve_model, suppress
 from visionattn.errors import ConfigError, WeightsError
 from visionattn.export.formats import format_of
 from visionattn.export.info import ModelInfo, Task, size_text
@@ -83,12 +83,14 @@ class DetectRunner(_Runner):
     ) -> None:
         super().__init__(session, size)
         self._options: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "multi_label": multi_label}
+        self._options["finished"] = session.info.nms != "none"
 
     def __call__(self, images: Sequence[BGRImage]) -> list[Detections]:
         """Return the boxes of each image."""
         if not images:
             return []
         raw = self.session(self.prepare(images))[0]
+        check_form(raw, self._options["finished"], len(self.names))
         return [
             self._detections(found, image) for found, image in zip(suppress(raw, **self._options), images, strict=True)
         ]

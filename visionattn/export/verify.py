@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from visionattn.errors import ParityError
@@ -71,6 +70,8 @@ def photographs(info: ModelInfo, batch: int, size: tuple[int, int]) -> Tensor:
 
 @cache
 def _photos() -> list[NDArray[np.uint8]]:
+    from sklearn.datasets import load_sample_images  # a second of imports that only exports need
+
     return [photo[..., ::-1] for photo in load_sample_images().images]  # blue first
 
 

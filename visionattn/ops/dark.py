@@ -17,10 +17,10 @@ def log_kernel(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
 
 
 def whitening(x: Tensor, loading: float = 1e-4) -> Tensor:
-    """Return M that makes M x isotropic with ``E|Mx|^2 = sqrt(D)``, per head: ``D^(-1/4) L^(-1/2)``.
+    """Return M that makes M x isotropic and leaves its mean square as it is, per head: ``(tr L / D)^(1/2) L^(-1/2)``.
 
-    Source: arXiv 2603.04127, proposition C.1, whose scale 1 would make ``E|Mx|^2 = D`` and the features' variance
-    astronomical; the scale here is that of softmax attention on unit-variance queries.
+    Source: arXiv 2603.04127, proposition C.1, which leaves the scale open. A feature's relative variance is
+    ``exp(|M(q + k)|^2) - 1``, so that a scale by which vectors grow makes noise of all features.
 
     Args:
         x: queries and keys together, (B, H, N, D); L is their second moment.
@@ -33,7 +33,8 @@ def whitening(x: Tensor, loading: float = 1e-4) -> Tensor:
     moment = x.transpose(-2, -1) @ x / x.shape[-2]
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp(min=0) + loading * values.mean(-1, keepdim=True)
-    return x.shape[-1] ** -0.25 * (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.transpose(-2, -1)
+    size = values.mean(-1)[:, None, None].sqrt()
+    return size * (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.transpose(-2, -1)
 
 
 def optimal_proposal(covariance: Tensor) -> Tensor:

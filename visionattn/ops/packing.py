@@ -24,7 +24,9 @@ class Projection(NamedTuple):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values."""
-        return unpack(self.x, self.heads) if self.k is None or self.v is None else (self.x, self.k, self.v)
+        if self.k is not None and self.v is not None:
+            return self.x, self.k, self.v
+        return unpack(self.x, self.heads, self.x.shape[-1] // (3 * self.heads))
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of queries, keys and values."""
@@ -35,19 +37,22 @@ class Projection(NamedTuple):
         return one, one, one
 
 
-def unpack(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values of a packed projection, (B, N, 3 H D) to (B, H, N, D) each, as views."""
+def unpack(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of a packed projection, (B, N, 3 H D) to (B, H, N, D) each, as views.
+
+    H and D are given: of an empty batch neither could be found out, and exporters keep what is found out.
+    """
     if not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
-        return views(x, heads)
-    B, N, width = x.shape  # three operators in place of ten, where each costs time
-    q, k, v = x.view(B, N, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return views(x, heads, width)
+    B, N, _ = x.shape  # three operators in place of ten, where each costs time
+    q, k, v = x.view(B, N, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
-def views(x: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def views(x: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`unpack` does in the form that all exporters understand."""
     B, N, _ = x.shape
-    q, k, v = [part.reshape(B, N, heads, -1).transpose(1, 2) for part in x.chunk(3, -1)]
+    q, k, v = [part.reshape(B, N, heads, width).transpose(1, 2) for part in x.chunk(3, -1)]
     return q, k, v
 
 

@@ -43,11 +43,12 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
     Args:
         runner: model from :func:`visionattn.export.load_runner`.
         source: from :func:`visionattn.video.open_source`.
-        output: folder for the pictures or the mp4 video.
+        output: folder for the pictures or the mp4 video; files that are there are never replaced.
         show: also show the frames in a window; pictures wait for a key.
 
     Raises:
         SourceError: the source cannot be read, or the output cannot be written.
+        ConfigError: a file that would be written is there already.
         UnsupportedError: the model is a bare backbone, or ``show`` where no window can be opened.
     """
     if runner.task == "features":

@@ -1,5 +1,6 @@
 """Where drawn frames go: pictures, a video, a window."""
 
+import os
 import subprocess
 import sys
 from abc import abstractmethod
@@ -10,7 +11,8 @@ from typing import Any
 
 import cv2
 
-from visionattn.errors import SourceError, UnsupportedError
+from visionattn.data.files import whole
+from visionattn.errors import ConfigError, SourceError, UnsupportedError
 from visionattn.export import BGRImage
 from visionattn.video.source import Source
 
@@ -44,15 +46,18 @@ class PictureSink(Sink):
 
     def __init__(self, folder: Path, source: Source) -> None:
         super().__init__()
-        self._folder, self._source = folder, source
+        self._folder = folder
+        _check_free([folder / _picture_name(file.relative_to(source.root)) for file in source.files], source)
 
     def write(self, name: str, frame: BGRImage) -> None:
         """Write one picture."""
-        path = self._folder / (name if cv2.haveImageWriter(name) else f"{name}.png")
-        partial = _prepare(path, self._source)
-        if not cv2.imwrite(str(partial), frame):
-            raise SourceError(f"{path} cannot be written; check the disk and the permissions of {path.parent}")
-        partial.replace(path)
+        path = self._folder / _picture_name(Path(name))
+        encoded, content = cv2.imencode(path.suffix, frame)  # OpenCV itself would not say that a disk is full
+        if not encoded:
+            raise SourceError(f"{path} cannot be written: OpenCV cannot make a {path.suffix} of {frame.shape}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as partial:
+            partial.write_bytes(content.data)
         self.paths.append(path)
 
 
@@ -62,31 +67,56 @@ class VideoSink(Sink):
     def __init__(self, folder: Path, source: Source) -> None:
         super().__init__()
         self._path = folder / f"{source.name}.mp4"
-        self._partial = _prepare(self._path, source)
+        _check_free([self._path], source)
+        self._partial = self._path.with_name(f".{source.name}.{os.getpid()}.partial.mp4")
         self._fps = source.fps
         self._writer: Any = None
+        self._frames = 0
 
     def write(self, name: str, frame: BGRImage) -> None:
         """Append one frame."""
         if self._writer is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             codec = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(str(self._partial), codec, self._fps, (frame.shape[1], frame.shape[0]))
             if not self._writer.isOpened():
-                raise SourceError(f"{self._path} cannot be written; check the disk, or whether OpenCV can encode mp4")
+                raise self._failed("check the disk, or whether OpenCV can encode mp4")
         self._writer.write(frame)
+        self._frames += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Move the video into place, or remove what there is of it."""
+        """Move the video into place, or remove what there is of it.
+
+        Raises:
+            SourceError: it cannot be read again.
+        """
         if self._writer is None:
             return
         self._writer.release()
-        if kind is None:
-            self._partial.replace(self._path)
-            self.paths.append(self._path)
-        else:
+        try:
+            if kind is None:
+                self._read_again()
+                self._partial.replace(self._path)
+                self.paths.append(self._path)
+        finally:
             self._partial.unlink(missing_ok=True)
+
+    def _read_again(self) -> None:
+        """See that the file has all frames: of what fails while it writes, a full disk say, OpenCV tells nothing.
+
+        Its encoder writes nothing more after a first failure, and the list of frames comes last, so that a file in
+        which anything is missing has no such list.
+        """
+        video = cv2.VideoCapture(str(self._partial))
+        found = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
+        video.release()
+        if found != self._frames:
+            raise self._failed(f"of {self._frames} frames {found} can be read; is the disk full?")
+
+    def _failed(self, why: str) -> SourceError:
+        return SourceError(f"{self._path} cannot be written: {why}")
 
 
 def open_sink(source: Source, folder: Path) -> Sink:
@@ -130,9 +160,19 @@ def _check_windows() -> None:
         )
 
 
-def _prepare(path: Path, source: Source) -> Path:
-    """Make the folder of ``path``; return the name to write under until the file is whole."""
-    if path.resolve() in source.resolved:
-        raise SourceError(f"{path} is being read and would be replaced; give another --output folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
+def _picture_name(name: Path) -> Path:
+    """Return the name to write a picture under: its own, or with ``.png`` where OpenCV cannot write such."""
+    return name if cv2.haveImageWriter(name.name) else name.with_name(f"{name.name}.png")
+
+
+def _check_free(paths: list[Path], source: Source) -> None:
+    """Raise before anything is written if a file is there already: one of the source's, or of an earlier run."""
+    for path in paths:
+        if path.resolve() in source.resolved:
+            raise SourceError(f"{path} is being read and would be replaced; give another --output folder")
+    there = [path for path in paths if path.exists()]
+    if there:
+        raise ConfigError(
+            f"{there[0]}{f' and {len(there) - 1} more' if there[1:] else ''} would be replaced; give another --output "
+            "folder, or remove what is there"
+        )

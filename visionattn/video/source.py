@@ -30,6 +30,7 @@ class Source:
         name: short name for the output.
         frames: what is iterated over; raises SourceError if not one frame can be read.
         files: the files that are read.
+        root: folder that the names of pictures count from.
         count: how many frames there should be; None if it is not known.
         fps: frames per second.
     """
@@ -38,6 +39,7 @@ class Source:
     name: str
     frames: Iterator[tuple[str, BGRImage]]
     files: tuple[Path, ...] = ()
+    root: Path = Path()
     count: int | None = None
     fps: float = FALLBACK_FPS
 
@@ -60,21 +62,23 @@ def open_source(text: str) -> Source:
     Raises:
         SourceError: it is not there, holds no pictures, or cannot be decoded.
     """
+    if not text.strip():
+        raise SourceError("source is empty; give a picture, a folder (. for this one), a video, or a camera's number")
     path = embedded_pictures(text) if text in EMBEDDED else Path(text).absolute()
-    if text.isdigit() and not path.exists():
+    if text.isascii() and text.isdigit() and not path.exists():
         return _camera(int(text))
     if path.is_dir():
         files = list_images(path)
         if not files:
             raise SourceError(f"no pictures in {path}; suffixes known: {' '.join(sorted(IMAGE_SUFFIXES))}")
         name = text if text in EMBEDDED else path.name
-        return Source("folder", name, _pictures(files, path), tuple(files), len(files))
+        return Source("folder", name, _pictures(files, path), tuple(files), path, len(files))
     if not path.is_file():
         raise SourceError(
             f"source not found: {text}; give a picture, a folder, a video, or a camera's number such as 0"
         )
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return Source("image", path.stem, _pictures([path], path.parent), (path,), 1)
+        return Source("image", path.stem, _pictures([path], path.parent), (path,), path.parent, 1)
     return _video(path)
 
 
@@ -108,7 +112,7 @@ def _video(path: Path) -> Source:
     if capture is None:
         raise SourceError(f"{path} can be decoded neither as a picture nor as a video; convert it to png or mp4")
     count = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
-    return Source("video", path.stem, _frames(capture, str(path), count), (path,), count, _fps(capture))
+    return Source("video", path.stem, _frames(capture, str(path), count), (path,), path.parent, count, _fps(capture))
 
 
 def _open(what: int | str) -> Any | None:
