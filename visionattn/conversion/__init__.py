@@ -1,0 +1,6 @@
+"""Pretrained vision transformers, turned linear: swap, calibrate, align, report."""
+
+from visionattn.conversion.convert import convert
+from visionattn.conversion.swap import rebuild
+
+__all__ = ["convert", "rebuild"]
