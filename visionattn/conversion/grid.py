@@ -40,6 +40,7 @@ def tell_grid(model: nn.Module, attentions: Iterable[nn.Module]) -> None:
         )
     assert embedding is not None
     grid = Grid()
+    model.attention_grid = grid  # type: ignore[assignment]
     embedding.register_forward_pre_hook(grid.read)
     for attention in attentions:
         attention.register_forward_pre_hook(grid.give, with_kwargs=True)
