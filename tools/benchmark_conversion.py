@@ -33,7 +33,7 @@ from tqdm import tqdm
 from visionattn.conversion import align, convert
 from visionattn.engine import img_focus
 from visionattn.engine.probes import Distance, RidgeHead, collect, nearest_neighbours, overlap, pooled
-from visionattn.errors import DataError, VisionAttnError
+from visionattn.errors import ConfigError, DataError, VisionAttnError, suggest
 from visionattn.record import environment
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -42,6 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Data = Annotated[Path | None, typer.Option(help="folder of train-*.parquet and val.parquet")]
 Weights = Annotated[Path, typer.Option(help="file that prepare wrote")]
 Output = Annotated[Path, typer.Option(help="results, .json")]
+Cases = Annotated[str, typer.Option(help="which, by their names, separated by semicolons; all if left out")]
 Seconds = Annotated[float, typer.Option(help="begin no case after so many seconds; 0 for no limit")]
 
 EVERY_OTHER = [1, 3, 5, 7, 9, 11]
@@ -51,6 +52,19 @@ SWAPS: dict[str, dict[str, Any]] = {
         "to": "performer",
         "calibrated": True,
         "keep_softmax": EVERY_OTHER,
+    },
+    "performer 256, calibrated and refitted": {"to": "performer", "calibrated": True, "refit": 128},
+    "performer 256, calibrated and refitted, every other block softmax": {
+        "to": "performer",
+        "calibrated": True,
+        "refit": 128,
+        "keep_softmax": EVERY_OTHER,
+    },
+    "performer 256, calibrated and refitted, local": {
+        "to": "performer",
+        "calibrated": True,
+        "refit": 128,
+        "local": 3,
     },
     "performer 256, calibrated, constant centres": {"to": "performer", "calibrated": True, "center_keys": "constant"},
     "performer 256": {"to": "performer", "center_keys": False},
@@ -71,6 +85,7 @@ SWAPS: dict[str, dict[str, Any]] = {
     "elu, keys centred": {"to": "elu"},
     "slay": {"to": "slay", "center_keys": False},
     "uniform": {"to": "uniform", "center_keys": False},
+    "ela_hadamard, refitted, local": {"to": "ela_hadamard", "center_keys": False, "refit": 128, "local": 3},
     "softmax": {"to": "softmax", "center_keys": False},
 }
 TRAINED: dict[str, dict[str, Any]] = {
@@ -114,6 +129,7 @@ def swap(
     val: Annotated[int, typer.Option(help="val images; 0 for all")] = 0,
     seeds: Annotated[int, typer.Option(help="of the draws, and of the images that they are fitted to")] = 3,
     images: Annotated[int, typer.Option(help="train images that draws are fitted to")] = 16,
+    cases: Cases = "",
     seconds: Seconds = 0.0,
 ) -> None:
     """Measure conversions without any training."""
@@ -122,7 +138,8 @@ def swap(
     results = Results(output, judge.base)
     start = time.perf_counter()
     for seed in range(seeds):
-        for name, case in SWAPS.items():
+        for name in names_of(cases, SWAPS):
+            case = SWAPS[name]
             random = case["to"] in ("performer", "dark", "slay")
             if (seed and not random) or results.has(case=name, seed=seed):
                 continue
@@ -137,7 +154,7 @@ def train(
     weights: Weights,
     output: Output,
     data: Data = None,
-    cases: Annotated[str, typer.Option(help="which, by their names, separated by semicolons; all if left out")] = "",
+    cases: Cases = "",
     sizes: Annotated[str, typer.Option(help="sides of training images, one for each batch by chance")] = "224",
     judged: Annotated[str, typer.Option(help="sides that students are measured at; the first with probes")] = "224,518",
     blocks: Annotated[int, typer.Option(help="steps of the first stage")] = 300,
@@ -158,7 +175,7 @@ def train(
     settings = {"sizes": sizes, "blocks": blocks, "features": features, "rate": rate}
     results = Results(output, {"judges": [judge.base for judge in judges]})
     start = time.perf_counter()
-    for name in [part.strip() for part in cases.split(";")] if cases else TRAINED:
+    for name in names_of(cases, TRAINED):
         row = {"case": name, "seed": seed, **settings}
         if results.has(**row, stage="features") or (seconds and time.perf_counter() - start > seconds):
             continue
@@ -175,6 +192,15 @@ def train(
                 found = {str(judge.size): judge(student, judge in probed) for judge in judges}
                 spent = {"seconds": round(done.seconds, 1), "losses": done.losses} if done else {}
                 results.add(**row, stage=stage, **found, **spent)
+
+
+def names_of(text: str, known: dict[str, dict[str, Any]]) -> list[str]:
+    """Read the names of cases."""
+    names = [part.strip() for part in text.split(";")] if text else list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--cases: unknown case {name!r}; {suggest(name, known)}")
+    return names
 
 
 class Augmented:
@@ -210,7 +236,9 @@ def student_of(teacher: Any, case: dict[str, Any], judge: "Judge", seed: int, im
     options = {key: value for key, value in case.items() if key not in ("to", "calibrated")}
     if case["to"] in ("performer", "dark", "slay"):
         options["seed"] = seed
-    if case.get("calibrated"):
+    if case.get("calibrated") or case.get("refit"):
+        images = options.pop("refit", images)
+        options["refit"] = "refit" in case
         chosen = np.random.default_rng(seed).permutation(len(judge.train.images))[:images]
         options["calibrate"] = judge.prepared(judge.train.images[chosen])
     return convert(teacher, case["to"], **options).eval()

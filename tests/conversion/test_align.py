@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import visionattn
+from visionattn.conversion.refit import refit
 from visionattn.errors import ConfigError, WeightsError
 
 
@@ -148,3 +149,31 @@ def test_loss_that_is_no_number_is_an_error(teacher: Any) -> None:
     student.blocks[0].attn.proj.bias.data.fill_(torch.nan)
     with pytest.raises(ConfigError, match="lower rate"):
         visionattn.align(student, teacher, loader(), steps=2, progress=False)
+
+
+@pytest.mark.parametrize("local", [0, 3])
+def test_refit_makes_good_what_linear_attention_misses(teacher: Any, local: int) -> None:
+    images = loader().dataset[:][0]
+    plain = visionattn.convert(teacher, "ela_hadamard", keep_softmax=[0])
+    student = visionattn.convert(teacher, "ela_hadamard", keep_softmax=[0], local=local, calibrate=images, refit=True)
+    assert distances(student, teacher)[1] < 0.95 * distances(plain, teacher)[1]
+    assert torch.equal(student.blocks[0].attn.proj.weight, teacher.blocks[0].attn.proj.weight)
+    assert torch.equal(student.blocks[1].attn.qkv.weight, teacher.blocks[1].attn.qkv.weight)
+
+
+def test_refit_finds_weights_that_were_changed(teacher: Any) -> None:
+    """A student whose attention is exact, and whose projection alone was spoilt, gets it back."""
+    images = torch.randn(400, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    student = visionattn.convert(teacher, "softmax", center_keys=False)
+    student.blocks[1].attn.proj.weight.data += 0.02 * torch.randn(24, 24)
+    before = distances(student, teacher)[1]
+    refit(student, teacher, images)
+    assert distances(student, teacher)[1] < 0.1 * before
+
+
+def test_refit_says_what_it_needs(teacher: Any) -> None:
+    student = visionattn.convert(teacher, "relu")
+    with pytest.raises(ConfigError, match="two and more"):
+        refit(student, teacher, loader().dataset[:4][0])
+    with pytest.raises(ConfigError, match="give a hundred"):
+        visionattn.convert(teacher, "relu", refit=True)

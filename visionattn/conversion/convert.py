@@ -10,6 +10,7 @@ from torch import nn
 from visionattn.attention import ATTENTION
 from visionattn.attention.exponential import ExponentialFeatures
 from visionattn.conversion.calibrate import Images, center, fit, measure
+from visionattn.conversion.refit import refit as fit_to
 from visionattn.conversion.swap import Layers, find, rebuild
 from visionattn.errors import ConfigError
 
@@ -26,6 +27,7 @@ def convert(
     keep_softmax: Keep = 0,
     center_keys: bool | Literal["constant"] = True,
     local: int = 0,
+    refit: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a pretrained model in which another attention has the place of softmax attention.
@@ -49,6 +51,8 @@ def convert(
         center_keys: subtract the mean key of each image; ``constant`` for the mean of the images in ``calibrate``,
             which costs nothing later, and which models with rotary positions or normalised keys cannot have.
         local: side of a depthwise convolution over the values, zeros at first; 0 for none.
+        refit: fit the output projections to the teacher's tokens on the images of ``calibrate``, in closed form
+            (:func:`~visionattn.conversion.refit.refit`): for those who cannot train. Give a hundred images and more.
         **options: of the mechanism, such as ``features=128``.
 
     Raises:
@@ -64,6 +68,8 @@ def convert(
     fitted = exponential and calibrate is not None and options.setdefault("calibrated", True)
     if center_keys == "constant" and calibrate is None:
         raise ConfigError("center_keys='constant' is the mean key of images; give some as calibrate")
+    if refit and calibrate is None:
+        raise ConfigError("refit=True fits the student to images; give a hundred and more as calibrate")
     if options.get("calibrated") and calibrate is None:
         raise ConfigError("calibrated=True: the draws are fitted to images; give some as calibrate")
     spec = {"name": to, **options}
@@ -80,6 +86,9 @@ def convert(
     student = rebuild(copy.deepcopy(model), layers)
     if calibrate is not None and (fitted or center_keys == "constant"):
         _calibrate(model, student, layers, calibrate, bool(fitted))
+    if refit and calibrate is not None:
+        fit_to(student.eval(), model, calibrate)
+        student.train(model.training)
     return student
 
 
