@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -10,13 +9,12 @@ from torch import nn
 from visionattn.attention import ATTENTION
 from visionattn.attention.exponential import ExponentialFeatures
 from visionattn.conversion.calibrate import Images, center, fit, measure
+from visionattn.conversion.keep import Keep, kept_blocks, most_sensitive, sensitivity
 from visionattn.conversion.refit import refit as fit_to
 from visionattn.conversion.swap import Layers, find, rebuild
 from visionattn.errors import ConfigError
 
 _log = logging.getLogger("visionattn")
-
-Keep = int | Sequence[int] | Literal["auto"]
 
 
 def convert(
@@ -25,6 +23,7 @@ def convert(
     *,
     calibrate: Images | None = None,
     keep_softmax: Keep = 0,
+    budget: int = 2,
     center_keys: bool | Literal["constant"] = True,
     local: int = 0,
     refit: bool = False,
@@ -47,7 +46,9 @@ def convert(
         calibrate: a few dozen images, a tensor (B, 3, H, W) or batches, normalised as the model wants them.
             ``performer`` and ``dark`` are fitted to them: their estimate of softmax attention stays free of bias and
             gets better, at no cost later.
-        keep_softmax: indices of the blocks that keep softmax attention; 0 for none.
+        keep_softmax: indices of the blocks that keep softmax attention; 0 for none; ``auto`` for the ones whose
+            conversion costs most on the images of ``calibrate``, measured by converting one block at a time.
+        budget: of ``auto``: how many blocks keep softmax attention.
         center_keys: subtract the mean key of each image; ``constant`` for the mean of the images in ``calibrate``,
             which costs nothing later, and which models with rotary positions or normalised keys cannot have.
         local: side of a depthwise convolution over the values, zeros at first; 0 for none.
@@ -61,6 +62,14 @@ def convert(
     """
     mechanism = ATTENTION[to]
     found = find(model)
+    if keep_softmax == "auto":
+        if calibrate is None:
+            raise ConfigError("keep_softmax='auto' is measured on images; give some as calibrate")
+        kept_blocks(range(budget), len(found.convertible))
+        common: dict[str, Any] = {"calibrate": calibrate, "center_keys": center_keys, "local": local, **options}
+        losses = sensitivity(convert(model, to, **common).eval(), model, calibrate)
+        keep_softmax = most_sensitive(losses, budget)
+        _log.info("softmax stays in blocks %s, of losses %s", keep_softmax, losses)
     kept = kept_blocks(keep_softmax, len(found.convertible))
     for path, reason in found.refused.items():
         _log.warning("%s keeps its attention: %s", path, reason)
@@ -90,23 +99,6 @@ def convert(
         fit_to(student.eval(), model, calibrate)
         student.train(model.training)
     return student
-
-
-def kept_blocks(keep: Keep, count: int) -> set[int]:
-    """Return the indices of the blocks that keep softmax attention, all counted from 0.
-
-    Raises:
-        ConfigError: there is no such block, or none is left to convert.
-    """
-    if isinstance(keep, str) or (isinstance(keep, int) and keep):
-        raise ConfigError(f"keep_softmax={keep!r}; give a list of blocks, such as [8, 9], or 0 for none")
-    chosen = [] if isinstance(keep, int) else list(keep)
-    found = {index + count if index < 0 else index for index in chosen}
-    if not all(0 <= index < count for index in found):
-        raise ConfigError(f"keep_softmax={chosen}: the model has {count} blocks, 0 to {count - 1}")
-    if len(found) == count:
-        raise ConfigError(f"keep_softmax={chosen} keeps all {count} blocks; leave some to convert")
-    return found
 
 
 def is_foldable(module: Any) -> bool:

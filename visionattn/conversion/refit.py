@@ -209,9 +209,9 @@ class _Ridge:
         if gain is not None:
             wide = gain.double()
             change = change / torch.where(wide.abs() < 1e-4, torch.inf, wide).unsqueeze(-1)
-        layer.weight += change[:, :-1].to(layer.weight.dtype)
+        layer.weight.add_(change[:, :-1].to(layer.weight.dtype))
         if layer.bias is not None:
-            layer.bias += change[:, -1].to(layer.bias.dtype)
+            layer.bias.add_(change[:, -1].to(layer.bias.dtype))
 
     def _solutions(self, gram: Any, cross: Any) -> list[Tensor]:
         values, vectors = torch.linalg.eigh(gram)
