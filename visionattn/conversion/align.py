@@ -1,7 +1,7 @@
 """Teaching a converted model to do what its teacher does, without labels."""
 
-import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from visionattn.conversion.parallel import averaged, is_first, rank
 from visionattn.conversion.units import Unit, units_of
 from visionattn.errors import ConfigError, WeightsError, suggest
-
-_log = logging.getLogger("visionattn")
 
 Stage = Literal["blocks", "features"]
 _RATES = {"blocks": 1e-3, "features": 1e-4}
@@ -66,8 +64,8 @@ def align(
     all weights to give the teacher's final tokens. On two GPUs and more, run it by torchrun with a loader for each
     process; gradients are averaged.
 
-    Everything random in the loader should come from torch's generator, which is seeded for every pass of the loader, or
-    from its ``set_epoch``: a run that was stopped then goes on to the weights of one that was not.
+    Everything random in the loader should come from the generators of torch or Python, which are seeded for every pass
+    of the loader, or from its ``set_epoch``: a run that was stopped then goes on to the weights of one that was not.
 
     Args:
         student: as :func:`~visionattn.conversion.convert.convert` returned it.
@@ -274,7 +272,9 @@ def _passes(loader: Iterable[Any], first: int, last: int, seed: int) -> Iterator
     """Yield the batches of steps ``first`` to ``last``, whatever was taken before."""
     step = epoch = 0
     while step < last:
-        torch.manual_seed(hash((seed, epoch, rank())) % 2**31)
+        number = hash((seed, epoch, rank())) % 2**31
+        torch.manual_seed(number)
+        random.seed(number)
         for part in (loader, getattr(loader, "sampler", None)):
             set_epoch = getattr(part, "set_epoch", None)
             if set_epoch:

@@ -15,6 +15,7 @@ from visionattn.data.detection import (
 from visionattn.data.embedded import EMBEDDED, embedded_path
 from visionattn.data.files import IMAGE_SUFFIXES, load_image
 from visionattn.data.labels import label_path
+from visionattn.data.unlabelled import Unlabelled, unlabelled_images
 
 __all__ = [
     "EMBEDDED",
@@ -22,6 +23,7 @@ __all__ = [
     "ClassificationData",
     "DetectionData",
     "Problem",
+    "Unlabelled",
     "build_augment",
     "calibration_images",
     "check_data",
@@ -33,6 +35,7 @@ __all__ = [
     "load_classification_data",
     "load_detection_data",
     "load_image",
+    "unlabelled_images",
     "write_coco",
     "write_data_yaml",
 ]
