@@ -221,3 +221,11 @@ def test_plain_models_can_be_scripted() -> None:
     student = visionattn.convert(model, "ela_hadamard")
     x = images(model)
     torch.testing.assert_close(torch.jit.script(student)(x), student(x))
+
+
+@torch.no_grad()
+def test_our_own_softmax_is_converted_too() -> None:
+    model = build("plain")
+    ours = visionattn.convert(model, "softmax", center_keys=False)
+    x = images(model)
+    torch.testing.assert_close(visionattn.convert(ours, "relu")(x), visionattn.convert(model, "relu")(x))

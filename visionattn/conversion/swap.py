@@ -8,14 +8,19 @@ import torch
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from visionattn.attention import Attention, attention_layer
+from visionattn.attention import ATTENTION, Attention, attention_layer
 from visionattn.conversion.grid import tell_grid
 from visionattn.errors import ConfigError
 
 Layers = dict[str, dict[str, Any]]
 """Path of a module in the model -> ``{"name": mechanism, option: value, ...}``: all that rebuilding needs."""
 
-_KNOWN: tuple[type[nn.Module], ...] = (timm.layers.Attention, timm.layers.AttentionRope, EvaAttention)
+_KNOWN: tuple[type[nn.Module], ...] = (
+    timm.layers.Attention,
+    timm.layers.AttentionRope,
+    EvaAttention,
+    ATTENTION["softmax"],
+)
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,14 @@ def _refusal(module: Any) -> str | None:
     """Say why one of timm's modules that are known cannot be converted, or return None."""
     if type(module) not in _KNOWN:
         return f"{type(module).__name__} changes {type(module).__mro__[1].__name__} in a way that is not known here"
+    if getattr(module, "local", None) is not None:
+        return "it has a local convolution already"
     if getattr(module, "gate", None) is not None:
         return "its output has a gate, which ours have not"
     width = module.num_heads * module.head_dim
     source = module.qkv if module.qkv is not None else module.q_proj
+    if isinstance(source, nn.Identity):
+        return "its caller projects the tokens"
     if source.in_features != width or module.proj.out_features != width:
         sizes = f"{source.in_features} channels in, {width} in all heads, {module.proj.out_features} out"
         return f"it has {sizes}; in ours these are one number"
