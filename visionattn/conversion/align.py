@@ -107,7 +107,8 @@ def align(
         for images in _passes(loader, run.done.steps, steps, seed):
             loss = run.step(images)
             run.done.seconds = before + time.perf_counter() - started
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if loss is not None:
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if file and (time.perf_counter() - saved >= save_every or run.done.steps == steps):
                 run.save(file)
@@ -136,8 +137,8 @@ class _Run:
         """The teacher's mean token on the first batch: what all tokens share is not to flatter a cosine."""
         self.recent: list[Tensor] = []
 
-    def step(self, images: Tensor) -> float:
-        """Take a step; return the mean loss since the last one that was looked at."""
+    def step(self, images: Tensor) -> float | None:
+        """Take a step; return the mean loss of the last twentieth of the steps, None before it is known."""
         self._set_rate()
         images = images.to(self.device, non_blocking=True)
         loss = self._blocks(images) if self.about["stage"] == "blocks" else self._features(images)
@@ -157,7 +158,7 @@ class _Run:
                 )
             self.done.losses.append(mean)
             self.recent.clear()
-        return self.done.losses[-1] if self.done.losses else math.nan
+        return self.done.losses[-1] if self.done.losses else None
 
     def _set_rate(self) -> None:
         steps, now = self.about["steps"], self.done.steps
