@@ -229,3 +229,32 @@ def test_our_own_softmax_is_converted_too() -> None:
     ours = visionattn.convert(model, "softmax", center_keys=False)
     x = images(model)
     torch.testing.assert_close(visionattn.convert(ours, "relu")(x), visionattn.convert(model, "relu")(x))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_clip_224",
+        "eva02_small_patch14_224",
+        "vit_small_patch16_dinov3",
+        "vit_pe_core_tiny_patch16_384",
+        "vit_small_patch16_rope_224",
+    ],
+)
+def test_families_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        model: Any = timm.create_model(name)
+    student = visionattn.convert(model, "ela_hadamard")
+    assert list(student.attention_layers) == [f"blocks.{index}.attn" for index in range(12)]
+
+
+def test_backbones_that_return_features_are_converted() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, features_only=True).eval()
+    student = visionattn.convert(model, "relu")
+    with torch.no_grad():
+        assert [y.shape for y in student(torch.randn(1, 3, 64, 64))] == [(1, 192, 4, 4)] * 3
+    with pytest.raises(ConfigError, match=r"local.*patch embedding"):
+        visionattn.convert(model, "relu", local=3)
