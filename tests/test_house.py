@@ -15,6 +15,7 @@ FLOORS = [
     {"ops"},
     {"attention"},
     {"blocks"},
+    {"conversion"},
     {"backbones", "detection", "data"},
     {"engine", "export", "profiling", "video"},
     {"cli"},

@@ -8,6 +8,7 @@ Importing the package registers every attention of :data:`visionattn.attention.A
 from visionattn import backbones
 from visionattn.attention import ATTENTION, attention_layer, exact_kernel, explain, whiten
 from visionattn.blocks import HyperLinkBlock, MoEMlp, PreNormBlock, balance_loss, block_layer
+from visionattn.conversion import align, convert
 from visionattn.ops.switch import kernels
 
 __version__ = "0.1.0"
@@ -17,10 +18,12 @@ __all__ = [
     "MoEMlp",
     "PreNormBlock",
     "__version__",
+    "align",
     "attention_layer",
     "backbones",
     "balance_loss",
     "block_layer",
+    "convert",
     "exact_kernel",
     "explain",
     "kernels",

@@ -19,6 +19,7 @@ DIM, HEADS = 24, 3
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ATTENTION} | {
     "cosformer-length": ("cosformer", {"max_tokens": 16384}),
     "performer-iid": ("performer", {"draws": "iid", "features": 32}),
+    "performer-calibrated": ("performer", {"calibrated": True, "features": 32}),
     "performer-relu": ("performer", {"feature_map": "relu"}),
     "slay-exact": ("slay", {"poly": "exact", "features": 4}),
     "slay-nystrom": ("slay", {"poly": "nystrom"}),
@@ -59,6 +60,8 @@ def make(variant: str, **options: Any) -> Attention:
     for key, parameter in attention.named_parameters():
         if key in ("shift", "log_bandwidth"):  # away from where they start
             parameter.data += 0.1 * torch.randn_like(parameter)
+    if getattr(attention, "log_weights", None) is not None:
+        attention.log_weights += torch.randn_like(attention.log_weights)
     return attention
 
 

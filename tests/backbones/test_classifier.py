@@ -190,7 +190,7 @@ class TestRefusedFiles:
         self.refused(weights, "not describe a classifier of ours")
 
     def test_damaged_description(self, weights):
-        rewrite(weights, classes=[])
+        rewrite(weights, classes=3)
         self.refused(weights, "description of the model is damaged")
 
     @pytest.mark.parametrize("classes", [["cat"], [*CLASSES, "fish"]])

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.ops.packing import unpack, views
-from visionattn.ops.precision import outcast
+from visionattn.ops.precision import outcast, widen
+from visionattn.ops.rotation import rotate
 
 
 class Attention(nn.Module):
@@ -35,6 +36,10 @@ class Attention(nn.Module):
             input is then the packed projection (B, N, ``streams`` x dim), and the output the mixed values (B, N, dim).
         local: side of a depthwise convolution over the values, added to the mixed values; odd, 0 for none. It needs the
             grid of the tokens in every call.
+        center_keys: subtract the mean key of each image from its keys, so that what all keys share is not read by the
+            kernel. Softmax attention does not change by it, nor does what ``performer`` and ``dark`` estimate, whose
+            estimate gets better; other kernels change. Not with ``is_causal``, where later tokens would be seen.
+        rotate_half: the layout of ``rope`` in forward: pair channel d with d + head_dim / 2, rather than neighbours.
 
     Raises:
         ConfigError: ``num_heads`` does not divide ``dim``, a normalisation lacks its ``norm_layer``, or ``local`` is
@@ -66,6 +71,8 @@ class Attention(nn.Module):
         *,
         projections: bool = True,
         local: int = 0,
+        center_keys: bool = False,
+        rotate_half: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -74,6 +81,7 @@ class Attention(nn.Module):
             raise ConfigError(f"local={local}; give an odd side, or 0 for no convolution")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.center_keys, self.rotate_half = center_keys, rotate_half
         self.qkv = self._input_projection(qkv_bias, factory) if projections else nn.Identity()
         self.q_norm = _norm(norm_layer, self.head_dim, factory) if qk_norm else nn.Identity()
         self.k_norm = _norm(norm_layer, self.head_dim, factory) if qk_norm else nn.Identity()
@@ -89,6 +97,7 @@ class Attention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         grid: tuple[int, int] | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Attend over the tokens of ``x``.
 
@@ -99,16 +108,21 @@ class Attention(nn.Module):
             is_causal: token i attends to tokens 0..i.
             grid: (H, W) of the last H x W tokens; those before are prefix tokens. Needed by ``local`` and by kernels
                 of two-dimensional positions, ignored by all others.
+            rope: rotary positions of the last tokens, as timm makes them, (tokens, 2 head_dim): queries and keys are
+                turned by them before the kernel is taken. Tokens before are prefix tokens, which are not turned.
 
         Raises:
             UnsupportedError: the mechanism does not offer what is asked.
         """
         x = self.qkv(x)
-        if not torch.jit.is_scripting() and not is_causal:  # type: ignore[attr-defined]
+        placed = rope is not None or self.center_keys
+        if not torch.jit.is_scripting() and not is_causal and not placed:  # type: ignore[attr-defined]
             packed = self.attend_packed(x, attn_mask)
             if packed is not None:
                 return self.proj_drop(self.proj(self.norm(packed)))
         q, k, v = self.split(x)
+        if placed:
+            q, k = self.place(q, k, rope, attn_mask, is_causal)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             mixed = self.attend(q, k, v, attn_mask, is_causal, grid)
         else:
@@ -131,12 +145,12 @@ class Attention(nn.Module):
             The token's output, (B, 1, dim), and the state for the next step.
 
         Raises:
-            UnsupportedError: ``x`` is not one token, or the module has a ``local`` convolution.
+            UnsupportedError: ``x`` is not one token, or the module has a ``local`` convolution or ``center_keys``.
         """
         if x.dim() != 3 or x.shape[1] != 1:
             raise UnsupportedError(f"step: got {tuple(x.shape)}; give one token, (B, 1, {self.dim}), after another")
-        if self.local is not None:
-            raise UnsupportedError("step: a local convolution sees tokens to come; use local=0")
+        if self.local is not None or self.center_keys:
+            raise UnsupportedError("step: local and center_keys see tokens to come; use local=0, center_keys=False")
         q, k, v = self.project(x)
         with _full_precision(x):
             mixed, state = self.advance(q, k, v, state)
@@ -201,6 +215,22 @@ class Attention(nn.Module):
             q, k, v = unpack(x, self.num_heads, self.head_dim)
         return self.q_norm(q), self.k_norm(k), v
 
+    def place(
+        self, q: Tensor, k: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys (B, H, N, head_dim) by rotary positions, and centre the keys if that is chosen."""
+        if rope is not None:
+            q, k = rotate(q, rope, self.rotate_half), rotate(k, rope, self.rotate_half)
+        if self.center_keys:
+            if is_causal:
+                raise UnsupportedError("center_keys sees tokens to come; use center_keys=False where is_causal=True")
+            k = k - self.center(q, k, attn_mask)
+        return q, k
+
+    def center(self, q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Return what ``center_keys`` subtracts from every key, (B, H, 1, head_dim): the mean key."""
+        return mean_of(k, key_mask(attn_mask))
+
     def convolve(self, v: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Return the local convolution of the values, (B, H, N, head_dim); zero at prefix tokens."""
         if grid is None:
@@ -235,6 +265,14 @@ def key_mask(attn_mask: Tensor | None) -> Tensor | None:
             "padding mask, broadcastable to (B, heads, 1, N), or is_causal=True"
         )
     return attn_mask.transpose(-2, -1)
+
+
+def mean_of(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the mean over the tokens of ``x`` (B, H, N, D) that a key mask keeps, (B, H, 1, D), in the type of x."""
+    if keep is None:
+        return x.mean(-2, keepdim=True)
+    count = keep.expand_as(x[..., :1]).sum(-2, keepdim=True).clamp(min=1)
+    return (widen(outcast(x, keep)).sum(-2, keepdim=True) / count).to(x.dtype)
 
 
 def softmax_over(log_kernel: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.features import RandomFeatures, at_least_one
-from visionattn.attention.linear import PositiveAttention
+from visionattn.attention.exponential import ExponentialFeatures
 from visionattn.ops import dark, performer
-from visionattn.ops.draws import gaussian
 from visionattn.ops.fused import FeatureMap, softmax_features
 
 
-class DarkAttention(RandomFeatures, PositiveAttention):
+class DarkAttention(ExponentialFeatures):
     """``exp(q^T S k / sqrt(D))`` with a learned covariance ``S = M^T M`` a head (DARKFormer, arXiv 2603.04127); O(N F).
 
     Positive random features of M q and M k estimate it without bias; M starts as the identity, where this is Performer.
@@ -24,33 +22,21 @@ class DarkAttention(RandomFeatures, PositiveAttention):
     The parameter is ``shift``, M - I, (heads, head_dim, head_dim), so that weight decay draws M to the identity.
 
     Args:
-        features: draws F a head.
-        draws: ``orthogonal`` in blocks of head_dim, or ``iid``.
-        seed: of the draws.
-        **kwargs: as for :class:`~visionattn.attention.Attention`.
+        **kwargs: as for :class:`~visionattn.attention.exponential.ExponentialFeatures` (``features``, ``draws``,
+            ``seed``, ``calibrated``) and :class:`~visionattn.attention.Attention`.
     """
-
-    draws: Tensor
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         *args: Any,
-        features: int = 256,
-        draws: str = "orthogonal",
-        seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, *args, device=device, dtype=dtype, **kwargs)
-        self.features, self.how, self.seed = at_least_one(features=features), draws, seed
         self.shift = nn.Parameter(torch.zeros(num_heads, self.head_dim, self.head_dim, device=device, dtype=dtype))
-        self.register(device, dtype)
-
-    def draw(self) -> dict[str, Tensor]:
-        return {"draws": gaussian(self.num_heads, self.features, self.head_dim, self.seed, self.how)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -63,15 +49,8 @@ class DarkAttention(RandomFeatures, PositiveAttention):
         x = performer.scaled(x)
         return x + x @ self.shift.to(x.dtype).transpose(-2, -1)
 
-    def log_features(self, x: Tensor) -> Tensor:
-        return performer.exponential_log_features(self.warp(x), self.draws)
-
-    def fused_map(self) -> FeatureMap:
-        return softmax_features(self.draws, self.shift)
-
-    def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
-        a, b = self.log_features(q), self.log_features(k)
-        return (a.unsqueeze(-2) + b.unsqueeze(-3)).logsumexp(-1)
+    def fused_map(self) -> FeatureMap | None:
+        return None if self.calibrated else softmax_features(self.draws, self.shift)
 
     def log_target(self, q: Tensor, k: Tensor) -> Tensor:
         m = torch.eye(self.head_dim, dtype=q.dtype, device=q.device) + self.shift.to(q.dtype)

@@ -65,6 +65,13 @@ class GaussianKernelAttention(Attention):
         x = x.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return x, x, x
 
+    def place(
+        self, q: Tensor, k: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        if rope is not None:
+            raise UnsupportedError("gka takes distances of the features themselves: there is nothing to turn by rope")
+        return q, k  # distances do not change by centring
+
     def attend(
         self,
         q: Tensor,

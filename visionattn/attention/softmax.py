@@ -1,8 +1,9 @@
 """Softmax attention."""
 
+import torch
 from torch import Tensor
 
-from visionattn.attention.base import Attention
+from visionattn.attention.base import Attention, key_mask, mean_of
 from visionattn.ops import softmax
 from visionattn.ops.cache import Cache, extended
 
@@ -25,6 +26,10 @@ class SoftmaxAttention(Attention):
     ) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
         return softmax.fused(q, k, v, attn_mask, is_causal, dropout)
+
+    def center(self, q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor:
+        keys_alone = attn_mask is not None and attn_mask.dtype == torch.bool and attn_mask.shape[-2] == 1
+        return mean_of(k, key_mask(attn_mask) if keys_alone else None)  # any vector will do: it cancels
 
     def advance(self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         state = extended(state, k, v)

@@ -1,7 +1,7 @@
 """Classifiers of timm: built from names and options, kept in one safetensors file that says how to build them again."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from timm.data import create_transform, resolve_model_data_config
+from timm.models import register_model
 from timm.models.vision_transformer import ATTN_LAYERS
 from torch import nn
 
 from visionattn.attention import attention_layer
 from visionattn.blocks import block_layer
+from visionattn.conversion import rebuild
 from visionattn.errors import ConfigError, VisionAttnError, WeightsError, suggest
 
 _log = logging.getLogger("visionattn")
@@ -38,6 +40,7 @@ class Classifier:
             names, or ``{"name": ..., option: ...}``; timm's own names are known of the first alone.
         classes: names of the C classes, in order.
         data_config: of ``timm.data.create_transform``, which turns a PIL image into an input.
+        attention_layers: of a model that :func:`visionattn.convert` returned, what was put where; empty for others.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Classifier:
     kwargs: dict[str, Any]
     classes: list[str]
     data_config: dict[str, Any]
+    attention_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class _Header(BaseModel):
@@ -54,8 +58,9 @@ class _Header(BaseModel):
 
     name: str
     kwargs: dict[str, Any]
-    classes: list[str] = Field(min_length=1)
+    classes: list[str]
     data_config: dict[str, Any]
+    attention_layers: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 def build_classifier(name: str, classes: list[str], imgsz: int, options: dict[str, Any]) -> Classifier:
@@ -95,6 +100,7 @@ def save_classifier(
     kwargs: dict[str, Any],
     classes: list[str],
     data_config: dict[str, Any],
+    attention_layers: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write weights and what is needed to build and feed the model; whole or not at all.
 
@@ -105,8 +111,15 @@ def save_classifier(
         kwargs: see there.
         classes: see there.
         data_config: see there.
+        attention_layers: see there.
     """
-    header = _Header(name=name, kwargs=kwargs, classes=classes, data_config=data_config)
+    header = _Header(
+        name=name,
+        kwargs=kwargs,
+        classes=classes,
+        data_config=data_config,
+        attention_layers=attention_layers or {},
+    )
     partial = path.with_name(f"{path.name}.partial")
     try:
         save_model(model, str(partial), {"format": _FORMAT, "classifier": header.model_dump_json()})
@@ -136,6 +149,8 @@ def load_classifier(
     try:
         kwargs = header.kwargs | (options or {})
         model = timm.create_model(header.name, num_classes=len(header.classes), **_parts(kwargs))
+        if header.attention_layers:
+            rebuild(model, header.attention_layers)
         missing, foreign = load_model(model, str(path), strict=not lacking)
         if foreign:
             raise ValueError(f"there is no place for {', '.join(sorted(foreign))}")
@@ -149,7 +164,21 @@ def load_classifier(
         _log.warning(
             "%s lacks %d weights, which begin as they are made: %s", path, len(missing), ", ".join(sorted(missing))
         )
-    return Classifier(model.to(device).eval(), header.name, kwargs, header.classes, header.data_config)
+    return Classifier(
+        model.to(device).eval(), header.name, kwargs, header.classes, header.data_config, header.attention_layers
+    )
+
+
+@register_model  # type: ignore[untyped-decorator]
+def visionattn(pretrained: bool = False, file: str = "", **options: Any) -> nn.Module:
+    """Load a file of ours: ``timm.create_model("visionattn", file="student.safetensors")``.
+
+    Args:
+        pretrained: without effect: the file has the weights.
+        file: written by :func:`save_classifier`.
+        **options: arguments of ``timm.create_model`` in place of the file's, such as ``dynamic_img_size``.
+    """
+    return load_classifier(file, options=options).model
 
 
 def _read_header(path: Path) -> _Header:
@@ -183,7 +212,7 @@ def _started(path: str, classes: list[str], imgsz: int, options: dict[str, Any])
     if found.classes != classes:
         model: Any = found.model
         model.reset_classifier(len(classes))
-    return Classifier(found.model, found.name, found.kwargs, classes, found.data_config)
+    return Classifier(found.model, found.name, found.kwargs, classes, found.data_config, found.attention_layers)
 
 
 def _refuse(options: dict[str, Any], unfit: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from visionattn.data.detection import (
 from visionattn.data.embedded import EMBEDDED, embedded_path
 from visionattn.data.files import IMAGE_SUFFIXES
 from visionattn.data.labels import label_path
+from visionattn.data.unlabelled import Unlabelled, unlabelled_images
 from visionattn.pictures import load_image
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ClassificationData",
     "DetectionData",
     "Problem",
+    "Unlabelled",
     "build_augment",
     "calibration_images",
     "check_data",
@@ -34,6 +36,7 @@ __all__ = [
     "load_classification_data",
     "load_detection_data",
     "load_image",
+    "unlabelled_images",
     "variants",
     "write_coco",
     "write_data_yaml",

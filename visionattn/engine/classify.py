@@ -254,7 +254,13 @@ class _Training:
         if self.best == len(self.history) - 1:
             it = self.classifier
             save_classifier(
-                self._evaluated, best, name=it.name, kwargs=it.kwargs, classes=it.classes, data_config=it.data_config
+                self._evaluated,
+                best,
+                name=it.name,
+                kwargs=it.kwargs,
+                classes=it.classes,
+                data_config=it.data_config,
+                attention_layers=it.attention_layers,
             )
         table = io.StringIO()
         writer = csv.DictWriter(table, list(self.history[0]), lineterminator="\n")
