@@ -1,8 +1,8 @@
 """Triton kernels for the gradients of causal attention by positive features.
 
-Names and blocks are those of :mod:`visionattn.ops.fused.causal`. With ``g`` the gradient of a query's output y, divided
-by the total of the query's weights, ``pull_ij = g_i.(v_j - y_i)`` for keys j up to the query i, keys K and queries Q as
-the forward pass has them, and p the products of K and Q, the gradients of logarithms and values are
+Names and blocks are those of :mod:`visionattn.ops.fused.causal`. With ``g`` the gradient of a query's output y,
+``pull_ij = g_i.(v_j - y_i)`` for keys j up to the query i, keys K as the forward pass has them, its queries Q divided
+by the totals of their weights, and p the products of K and Q, the gradients of logarithms and values are
 
     dx_i = Q_i sum_j pull_ij K_j,   dz_j = K_j sum_i pull_ij Q_i,   dv_j = sum_i p_ij g_i.
 
@@ -32,6 +32,7 @@ from visionattn.ops.fused.causal import (
     logs_of,
     origin_of,
     product,
+    rounded,
     store_block,
     store_state,
     weights_of,
@@ -49,11 +50,9 @@ def _chained(x, gradient, MAP: tl.constexpr):
 
 
 @triton.jit
-def _load_gradients(do, totals, at, stop, stride_n, stride_d, VALUE_WIDTH: tl.constexpr, C: tl.constexpr,
-                    E: tl.constexpr):  # fmt: skip
-    """Load the gradients of a block's outputs, divided by the totals of weights, (C, E)."""
-    g = load_block(do, at, stop, 0, stride_n, stride_d, 0.0, VALUE_WIDTH, C, E).to(tl.float32)
-    return g * (1 / load_numbers(totals, at, stop, 1.0, C))[:, None]
+def _shares_of(logs, totals, at, stop, inside, C: tl.constexpr, P: tl.constexpr):
+    """Return ``exp(logs)`` of the queries inside over the totals of their weights, zeros of others."""
+    return rounded(weights_of(logs, inside) * (1 / load_numbers(totals, at, stop, 1.0, C))[:, None], P)
 
 
 @triton.jit
@@ -88,35 +87,35 @@ def query_gradients(
     stats += head * tokens
     deltas += head * tokens
     mine = tl.arange(0, C)
-    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E)
+    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E, P)
     top, mass, sums = load_state(states, head * (chunks - 1) + chunk - 1, chunk > 0, first, 0, FEATURES, E, F, E)
     at = start
     while at < stop:
         end = tl.minimum((at // C + 1) * C, stop)
         z = load_logs(k, at, end, first, skn, skd, MAP, WIDTH, C, F)
         raw = load_block(q, at, end, first, sqn, sqd, float("-inf"), WIDTH, C, F)
-        y = load_values(v, at, end, 0, svn, svd, origin, VALUE_WIDTH, C, E)
-        g = _load_gradients(do, stats + step_stat, at, end, sgn, sgd, VALUE_WIDTH, C, E)
+        y = load_values(v, at, end, 0, svn, svd, origin, VALUE_WIDTH, C, E, P)
+        g = load_block(do, at, end, 0, sgn, sgd, 0.0, VALUE_WIDTH, C, E)
         mixed = load_block(mixes, at, end, 0, VALUE_WIDTH, 1, 0.0, VALUE_WIDTH, C, E)
         peak = load_numbers(stats, at, end, 0.0, C)
         next = at // C * C + tl.load(stats + 2 * step_stat + at).to(tl.int32) % (2 * C)
         above = highest(top, z, next - at, C)
         inside = mine < next - at
-        keys = weights_of(z - above[None, :], inside)
+        keys = rounded(weights_of(z - above[None, :], inside), P)
         fade = tl.exp(top - above)
         top, mass, sums = above, mass * fade, sums * fade[:, None]
         delta = tl.sum(g * mixed, 1)
         if first == 0:
             tl.store(deltas + at + mine, delta, mask=inside)
-        dx = product(g, sums, -delta[:, None] * mass[None, :], False, True, P)
-        pulls = product(g, y, tl.zeros([C, C], tl.float32), False, True, P) - delta[:, None]
+        dx = product(g, sums, tl.zeros([C, F], tl.float32), False, True, True, P) - delta[:, None] * mass[None, :]
+        pulls = product(g, y, tl.zeros([C, C], tl.float32), False, True, True, P) - delta[:, None]
         pulls = causal(pulls, at, False, C)
-        dx = product(pulls, keys, dx, False, False, P)
+        dx = product(pulls, keys, dx, False, False, False, P)
         x = logs_of(raw, at, end, first, MAP, WIDTH, C, F)
-        dx *= weights_of(x + above[None, :] - peak[:, None], inside)
+        dx *= _shares_of(x + above[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
         store_block(dq, _chained(raw, dx, MAP), inside, at, first, sdn, WIDTH, C, F)
         mass += tl.sum(keys, 0)
-        sums = product(keys, y, sums, True, False, P)
+        sums = product(keys, y, sums, True, False, True, P)
         at = next
 
 
@@ -145,15 +144,16 @@ def gather_queries(
     while end > start:
         at = (end - 1) // C * C
         x = load_logs(q, at, end, first, sqn, sqd, MAP, WIDTH, C, F)
-        g = _load_gradients(do, stats + step_stat, at, end, sgn, sgd, VALUE_WIDTH, C, E)
+        g = load_block(do, at, end, 0, sgn, sgd, 0.0, VALUE_WIDTH, C, E)
         delta = load_numbers(deltas, at, end, 0.0, C)
         peak = load_numbers(stats, at, end, 0.0, C)
         bottom, low = _range_before(k, stats + 2 * step_stat, marks, head, at, end, first, skn, skd, tokens, MAP, WIDTH,
                                     FEATURES, C, F)  # fmt: skip
-        queries = weights_of(x + mark[None, :] - peak[:, None], inside_range(low, end - at, C))
+        inside = inside_range(low, end - at, C)
+        queries = _shares_of(x + mark[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
         fade = tl.exp(bottom - mark)
         mass = (mass + tl.sum(queries * delta[:, None], 0)) * fade
-        sums = product(queries, g, sums, True, False, P) * fade[:, None]
+        sums = product(queries, g, sums, True, False, True, P) * fade[:, None]
         mark, end = bottom, at + low
     store_state(states, item, first, mark, mass, sums, FEATURES, F, E)
 
@@ -198,7 +198,7 @@ def key_gradients(
     dv += tile * step_tile + head // heads * seb + head % heads * seh
     stats += head * tokens
     deltas += head * tokens
-    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E)
+    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E, P)
     place = head * (chunks - 1) + chunk
     _, mass, sums = load_state(states, place, chunk < chunks - 1, first, 0, FEATURES, E, F, E)
     end = stop
@@ -209,24 +209,24 @@ def key_gradients(
         z = logs_of(raw, at, end, first, MAP, WIDTH, C, F)
         x = load_logs(q, at, end, first, sqn, sqd, MAP, WIDTH, C, F)
         peak = load_numbers(stats, at, end, 0.0, C)
-        g = _load_gradients(do, stats + step_stat, at, end, sgn, sgd, VALUE_WIDTH, C, E)
-        y = load_values(v, at, end, 0, svn, svd, origin, VALUE_WIDTH, C, E)
+        g = load_block(do, at, end, 0, sgn, sgd, 0.0, VALUE_WIDTH, C, E)
+        y = load_values(v, at, end, 0, svn, svd, origin, VALUE_WIDTH, C, E, P)
         delta = load_numbers(deltas, at, end, 0.0, C)
         bottom, low = _range_before(k, stats + 2 * step_stat, marks, head, at, end, first, skn, skd, tokens, MAP, WIDTH,
                                     FEATURES, C, F)  # fmt: skip
         inside = inside_range(low, end - at, C)
         keys = weights_of(z - mark[None, :], inside)
-        queries = weights_of(x + mark[None, :] - peak[:, None], inside)
-        pulls = product(y, g, tl.zeros([C, C], tl.float32), False, True, P) - delta[None, :]
+        queries = _shares_of(x + mark[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
+        pulls = product(y, g, tl.zeros([C, C], tl.float32), False, True, True, P) - delta[None, :]
         pulls = causal(pulls, at, True, C)
-        dz = product(y, sums, tl.zeros([C, F], tl.float32) - mass[None, :], False, True, P)
-        dz = product(pulls, queries, dz, False, False, P) * keys
+        dz = product(y, sums, tl.zeros([C, F], tl.float32), False, True, True, P) - mass[None, :]
+        dz = product(pulls, queries, dz, False, False, False, P) * keys
         store_block(dk, _chained(raw, dz, MAP), inside, at, first, sdn, WIDTH, C, F)
-        pairs = causal(product(keys, queries, tl.zeros([C, C], tl.float32), False, True, P), at, True, C)
-        dy = product(keys, sums, tl.zeros([C, E], tl.float32), False, False, P)
-        dy = product(pairs, g, dy, False, False, P)
+        pairs = causal(product(keys, queries, tl.zeros([C, C], tl.float32), False, True, False, P), at, True, C)
+        dy = product(keys, sums, tl.zeros([C, E], tl.float32), False, False, False, P)
+        dy = product(pairs, g, dy, False, False, False, P)
         store_block(dv, dy, inside, at, 0, sen, VALUE_WIDTH, C, E)
         fade = tl.exp(bottom - mark)
         mass = (mass + tl.sum(queries * delta[:, None], 0)) * fade
-        sums = product(queries, g, sums, True, False, P) * fade[:, None]
+        sums = product(queries, g, sums, True, False, True, P) * fade[:, None]
         mark, end = bottom, at + low
