@@ -136,7 +136,7 @@ def test_values_may_have_much_in_common(offset: float, monkeypatch: pytest.Monke
     assert_accurate([a, b, v + offset], do)
 
 
-@pytest.mark.parametrize("dtypes", [MIXED, HALF])
+@pytest.mark.parametrize("dtypes", [SINGLE, MIXED, HALF])
 @pytest.mark.parametrize("size", [6, 60])
 def test_one_key_may_outweigh_all_others(size: int, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs are then its value, which is far from all others, and gradients are what is left of it."""

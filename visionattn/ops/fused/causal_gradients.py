@@ -8,9 +8,13 @@ by the totals of their weights, and p the products of K and Q, the gradients of 
 
 Sums over the block are products of matrices. Those over the keys before it read states of keys, as the forward pass
 does. Those over the queries after it read states of queries: the sums ``slots`` of ``Q g`` and ``mass`` of
-``Q g.(y - c)``, with c the head's origin, which values are taken less of here, too. A mark is
-the ``top`` of all keys up to a block. States of queries hold ``exp(x + mark - peak)``, with the mark of the blocks
-before, and keys read them by ``exp(z - mark)``: neither is more than 1, since marks never fall along the tokens.
+``Q g.(y - c)``. A mark is the ``top`` of all keys up to a block. States of queries hold ``exp(x + mark - peak)``, with
+the mark of the blocks before, and keys read them by ``exp(z - mark)``: neither is more than 1, since marks never fall
+along the tokens.
+
+The centre c is zero where values are multiplied exactly. For values in float32, which are taken less the head's origin
+here, too, it is the mean of what the queries of a range mix, and for the state of a chunk what its first query mixes:
+where one key outweighs all others, both terms of a pull are then small.
 
 Blocks fall into the same ranges as in the forward pass, which leaves for each token the first of its range and the end,
 counted within the block: roundings of ``x + above`` are then the same, and cancel.
@@ -53,6 +57,24 @@ def _chained(x, gradient, MAP: tl.constexpr):
 def _shares_of(logs, totals, at, stop, inside, C: tl.constexpr, P: tl.constexpr):
     """Return ``exp(logs)`` of the queries inside over the totals of their weights, zeros of others."""
     return rounded(weights_of(logs, inside) * (1 / load_numbers(totals, at, stop, 1.0, C))[:, None], P)
+
+
+@triton.jit
+def _centre_of(mixes, start, stop, VALUE_WIDTH: tl.constexpr, C: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
+    """Return the mean of what some queries of a block mix, (1, E), or zeros where values are multiplied exactly."""
+    centre = tl.zeros([E], tl.float32)
+    if P == "ieee":
+        mixed = load_block(mixes, start, stop, 0, VALUE_WIDTH, 1, 0.0, VALUE_WIDTH, C, E)
+        centre = tl.sum(mixed, 0) / (stop - start)
+    return centre[None, :]
+
+
+@triton.jit
+def _moved(mass, sums, centre, new, P: tl.constexpr):
+    """Return the mass of a state of queries by a new centre."""
+    if P == "ieee":
+        mass += tl.sum(sums * (centre - new), 1)
+    return mass
 
 
 @triton.jit
@@ -104,15 +126,24 @@ def query_gradients(
         keys = rounded(weights_of(z - above[None, :], inside), P)
         fade = tl.exp(top - above)
         top, mass, sums = above, mass * fade, sums * fade[:, None]
+        near, slots = y, sums
+        if P == "ieee":
+            centre = _centre_of(mixes, at, next, VALUE_WIDTH, C, E, P)
+            near, slots, mixed = y - centre, sums - mass[:, None] * centre, mixed - centre
         delta = tl.sum(g * mixed, 1)
-        if first == 0:
-            tl.store(deltas + at + mine, delta, mask=inside)
-        dx = product(g, sums, tl.zeros([C, F], tl.float32), False, True, True, P) - delta[:, None] * mass[None, :]
-        pulls = product(g, y, tl.zeros([C, C], tl.float32), False, True, True, P) - delta[:, None]
+        dx = product(g, slots, tl.zeros([C, F], tl.float32), False, True, True, P) - delta[:, None] * mass[None, :]
+        pulls = product(g, near, tl.zeros([C, C], tl.float32), False, True, True, P) - delta[:, None]
         pulls = causal(pulls, at, False, C)
         dx = product(pulls, keys, dx, False, False, False, P)
         x = logs_of(raw, at, end, first, MAP, WIDTH, C, F)
-        dx *= _shares_of(x + above[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
+        shares = _shares_of(x + above[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
+        dx *= shares
+        if P == "ieee" and F == FEATURES:  # a query's gradients sum up to nothing
+            excess = tl.sum(dx, 1)
+            delta += excess
+            dx -= excess[:, None] * shares * (mass[None, :] + tl.cumsum(keys, 0))
+        if first == 0:
+            tl.store(deltas + at + mine, delta, mask=inside)
         store_block(dq, _chained(raw, dx, MAP), inside, at, first, sdn, WIDTH, C, F)
         mass += tl.sum(keys, 0)
         sums = product(keys, y, sums, True, False, True, P)
@@ -121,7 +152,7 @@ def query_gradients(
 
 @triton.jit(do_not_specialize=["step_stat", "tokens", "parts"])
 def gather_queries(
-    q, k, do, stats, deltas, marks, states,
+    q, k, do, mixes, stats, deltas, marks, states,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, sgb, sgh, sgn, sgd, step_stat, heads, tokens, parts,
     MAP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr,
     E: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
@@ -136,10 +167,12 @@ def gather_queries(
     q += head // heads * sqb + head % heads * sqh
     k += head // heads * skb + head % heads * skh
     do += head // heads * sgb + head % heads * sgh
+    mixes += head * tokens * VALUE_WIDTH
     stats += head * tokens
     deltas += head * tokens
     mass = tl.zeros([F], tl.float32)
     sums = tl.zeros([F, E], tl.float32)
+    centre = tl.zeros([1, E], tl.float32)
     mark = load_mark(marks, head, tl.cdiv(end, C) - 1, first, tokens, FEATURES, C, F)
     while end > start:
         at = (end - 1) // C * C
@@ -151,17 +184,26 @@ def gather_queries(
                                     FEATURES, C, F)  # fmt: skip
         inside = inside_range(low, end - at, C)
         queries = _shares_of(x + mark[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
+        new = _centre_of(mixes, at + low, end, VALUE_WIDTH, C, E, P)
+        mass, centre = _moved(mass, sums, centre, new, P), new
         fade = tl.exp(bottom - mark)
         mass = (mass + tl.sum(queries * delta[:, None], 0)) * fade
         sums = product(queries, g, sums, True, False, True, P) * fade[:, None]
         mark, end = bottom, at + low
+    mass = _moved(mass, sums, centre, _centre_of(mixes, start, start + 1, VALUE_WIDTH, C, E, P), P)
     store_state(states, item, first, mark, mass, sums, FEATURES, F, E)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def join_queries(states, joined, parts, FEATURES: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+@triton.jit(do_not_specialize=["parts", "tokens"])
+def join_queries(
+    states, joined, mixes, parts, tokens,
+    FEATURES: tl.constexpr, F: tl.constexpr, VALUE_WIDTH: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
     """Make the states of all queries from each part on. Grid: (batch x heads, tiles of features)."""
     head, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * F
+    mixes += head * tokens * VALUE_WIDTH
+    centre = tl.zeros([1, E], tl.float32)
     top = tl.zeros([F], tl.float32)
     mass = tl.zeros([F], tl.float32)
     sums = tl.zeros([F, E], tl.float32)
@@ -169,6 +211,9 @@ def join_queries(states, joined, parts, FEATURES: tl.constexpr, F: tl.constexpr,
         place = head * parts + parts - 1 - step
         mark, new_mass, new_sums = load_state(states, place, True, first, 0, FEATURES, E, F, E)
         fade = tl.exp(tl.where(step > 0, mark - top, 0.0))
+        start, _ = span(parts - step, parts + 1, tokens, C)
+        new = _centre_of(mixes, start, start + 1, VALUE_WIDTH, C, E, P)
+        mass, centre = _moved(mass, sums, centre, new, P), new
         top, mass = mark, mass * fade + new_mass
         sums = sums * fade[:, None] + new_sums
         store_state(joined, place, first, top, mass, sums, FEATURES, F, E)
@@ -176,7 +221,7 @@ def join_queries(states, joined, parts, FEATURES: tl.constexpr, F: tl.constexpr,
 
 @triton.jit(do_not_specialize=["step_stat", "tokens", "chunks"])
 def key_gradients(
-    q, k, v, do, dk, dv, stats, deltas, marks, states,
+    q, k, v, do, dk, dv, mixes, stats, deltas, marks, states,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd, sdb, sdh, sdn,
     step_tile, seb, seh, sen, step_stat, heads, tokens, chunks,
     MAP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, FEATURES: tl.constexpr, F: tl.constexpr,
@@ -196,11 +241,14 @@ def key_gradients(
     do += head // heads * sgb + head % heads * sgh
     dk += head // heads * sdb + head % heads * sdh
     dv += tile * step_tile + head // heads * seb + head % heads * seh
+    mixes += head * tokens * VALUE_WIDTH
     stats += head * tokens
     deltas += head * tokens
     origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E, P)
     place = head * (chunks - 1) + chunk
     _, mass, sums = load_state(states, place, chunk < chunks - 1, first, 0, FEATURES, E, F, E)
+    later = tl.minimum(stop, tokens - 1)
+    centre = _centre_of(mixes, later, later + 1, VALUE_WIDTH, C, E, P)
     end = stop
     mark = load_mark(marks, head, tl.cdiv(stop, C) - 1, first, tokens, FEATURES, C, F)
     while end > start:
@@ -217,6 +265,9 @@ def key_gradients(
         inside = inside_range(low, end - at, C)
         keys = weights_of(z - mark[None, :], inside)
         queries = _shares_of(x + mark[None, :] - peak[:, None], stats + step_stat, at, end, inside, C, P)
+        if P == "ieee":
+            new = _centre_of(mixes, at + low, end, VALUE_WIDTH, C, E, P)
+            mass, y, centre = _moved(mass, sums, centre, new, P), y - new, new
         pulls = product(y, g, tl.zeros([C, C], tl.float32), False, True, True, P) - delta[None, :]
         pulls = causal(pulls, at, True, C)
         dz = product(y, sums, tl.zeros([C, F], tl.float32), False, True, True, P) - mass[None, :]
