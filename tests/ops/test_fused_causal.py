@@ -136,6 +136,16 @@ def test_values_may_have_much_in_common(offset: float, monkeypatch: pytest.Monke
     assert_accurate([a, b, v + offset], do)
 
 
+@pytest.mark.parametrize("dtypes", [SINGLE, MIXED, HALF])
+@pytest.mark.parametrize("size", [6, 60])
+def test_one_key_may_outweigh_all_others(size: int, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are then its value, which is far from all others, and gradients are what is left of it."""
+    cut(monkeypatch, 3)
+    a, b, v, do = made(150, 16, 16, dtypes, heads=2)
+    a[..., 50, :], b[..., 70, :], v[..., 70, :] = size, size * b[..., 70, :].sign(), 500
+    assert_accurate([a, b, v], do)
+
+
 @pytest.mark.parametrize("dtypes", [SINGLE, HALF])
 @pytest.mark.parametrize("slope", [-60, 0, 60])
 def test_logarithms_may_be_large(slope: int, dtypes: Dtypes, monkeypatch: pytest.MonkeyPatch) -> None:

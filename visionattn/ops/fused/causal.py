@@ -16,7 +16,9 @@ accurate as long as they raise it by LIMIT at most above what the block's first 
 ``exp(-LIMIT)`` at least. Where they raise it more, a range of the block is taken at a time, by the same lines: half of
 it, or half of that, down to one token.
 
-Values are taken less an origin of the head: little is lost in sums where all values have much in common.
+Little is lost in sums where values have much in common, or one key outweighs all others. Values in half precision are
+multiplied exactly, by weights that are rounded once for all sums, and states are read with all bits of float32. Values
+in float32 are taken less an origin of the head.
 
 All sums are taken in fixed order, and no program reads what the same launch writes: results are the same, bit by bit,
 from run to run.
@@ -114,34 +116,55 @@ def load_mark(marks, head, block, first, tokens, FEATURES: tl.constexpr, C: tl.c
 
 
 @triton.jit
-def product(a, b, total, LEFT: tl.constexpr, RIGHT: tl.constexpr, P: tl.constexpr):
+def product(a, b, total, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, P: tl.constexpr):
     """Return the total and ``a b``, all of float32; a is transposed if LEFT, b if RIGHT.
 
-    Numbers are multiplied to Triton's precision P, or ``split`` in two of bfloat16 each, which have 16 bits together:
-    errors are far below a rounding of outputs in half precision. That is ``emulated`` for Triton's interpreter, which
-    cannot multiply matrices of bfloat16.
+    Numbers are multiplied to Triton's precision P, or ``split`` in parts of bfloat16 which have 8 bits each: one of
+    what is bfloat16, two of float16 or float32. That leaves errors far below a rounding of outputs in half precision.
+    If EXACT, there are none but those of float32 where ``a`` was :func:`rounded` or has half precision. Parts are
+    ``emulated`` for Triton's interpreter, which cannot multiply matrices of bfloat16.
     """
-    if P == "split" or P == "emulated":
-        a_high, a_low = _split(a, LEFT, P)
-        b_high, b_low = _split(b, RIGHT, P)
-        total = tl.dot(a_high, b_high, total)
-        total = tl.dot(a_low, b_high, total)
-        total = tl.dot(a_high, b_low, total)
+    if P == "ieee" or (a.dtype == b.dtype and a.dtype != tl.float32):
+        total = tl.dot(tl.trans(a) if LEFT else a, tl.trans(b) if RIGHT else b, total, input_precision="ieee")
     else:
-        total = tl.dot(tl.trans(a) if LEFT else a, tl.trans(b) if RIGHT else b, total, input_precision=P)
+        a_high, a_middle, _ = _split(a, LEFT, P)
+        b_high, b_middle, b_low = _split(b, RIGHT, P)
+        total = tl.dot(a_high, b_high, total)
+        if a.dtype != tl.bfloat16:
+            total = tl.dot(a_middle, b_high, total)
+        if b.dtype != tl.bfloat16:
+            total = tl.dot(a_high, b_middle, total)
+            if EXACT and a.dtype != tl.bfloat16:
+                total = tl.dot(a_middle, b_middle, total)
+            if EXACT and b.dtype == tl.float32:
+                total = tl.dot(a_high, b_low, total)
     return total
 
 
 @triton.jit
 def _split(x, TURNED: tl.constexpr, P: tl.constexpr):
-    """Return two of bfloat16 whose sum is x, nearly."""
-    high = x.to(tl.bfloat16)
-    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    """Return three of bfloat16 whose sum is x, nearly."""
+    rest = x.to(tl.float32)
+    high = rest.to(tl.bfloat16)
+    rest -= high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     if P == "emulated":
-        high, low = high.to(tl.float32), low.to(tl.float32)
+        high, middle, low = high.to(tl.float32), middle.to(tl.float32), low.to(tl.float32)
     if TURNED:
-        high, low = tl.trans(high), tl.trans(low)
-    return high, low
+        high, middle, low = tl.trans(high), tl.trans(middle), tl.trans(low)
+    return high, middle, low
+
+
+@triton.jit
+def rounded(weights, P: tl.constexpr):
+    """Return weights of 16 bits if they shall be split, which two of bfloat16 have.
+
+    All sums must take the same weights: errors of weights are then in proportion to the spread of the values.
+    """
+    if P != "ieee":
+        weights = (weights.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+    return weights
 
 
 @triton.jit
@@ -161,17 +184,27 @@ def causal(pairs, at, TURNED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def origin_of(v, tokens, first, stride_n, stride_d, VALUE_WIDTH: tl.constexpr, C: tl.constexpr, E: tl.constexpr):
-    """Return the origin of a head's values, (1, E): the mean of the first block, so that no outlier makes it."""
-    y = load_block(v, 0, tokens, first, stride_n, stride_d, 0.0, VALUE_WIDTH, C, E).to(tl.float32)
-    return (tl.sum(y, 0) / tl.minimum(tokens, C))[None, :]
+def origin_of(v, tokens, first, stride_n, stride_d, VALUE_WIDTH: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+              P: tl.constexpr):  # fmt: skip
+    """Return the origin of a head's values, (1, E): the mean of the first block, so that no outlier makes it.
+
+    It is zero for values in half precision, whose products are exact.
+    """
+    origin = tl.zeros([E], tl.float32)
+    if P == "ieee":
+        y = load_block(v, 0, tokens, first, stride_n, stride_d, 0.0, VALUE_WIDTH, C, E)
+        origin = tl.sum(y, 0) / tl.minimum(tokens, C)
+    return origin[None, :]
 
 
 @triton.jit
 def load_values(base, at, stop, first, stride_n, stride_d, origin, WIDTH: tl.constexpr, C: tl.constexpr,
-                E: tl.constexpr):  # fmt: skip
-    """Load values and return what they have beyond the origin, (C, E); any numbers outside."""
-    return load_block(base, at, stop, first, stride_n, stride_d, 0.0, WIDTH, C, E).to(tl.float32) - origin
+                E: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """Load values and return what they have beyond the origin, (C, E), of their type; any numbers outside."""
+    y = load_block(base, at, stop, first, stride_n, stride_d, 0.0, WIDTH, C, E)
+    if P == "ieee":
+        y -= origin
+    return y
 
 
 @triton.jit
@@ -199,18 +232,18 @@ def gather(
     start, stop = span((item % parts).to(tl.int32), parts + 1, tokens, C)
     k += head // heads * skb + head % heads * skh
     v += head // heads * svb + head % heads * svh
-    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E)
+    origin = origin_of(v, tokens, 0, svn, svd, VALUE_WIDTH, C, E, P)
     top = tl.full([F], NEVER, tl.float32)
     mass = tl.zeros([F], tl.float32)
     sums = tl.zeros([F, E], tl.float32)
     for at in tl.range(start, stop, C, num_stages=STAGES):  # whole blocks: the last chunk has the rest
         z = load_logs(k, at, stop, first, skn, skd, MAP, WIDTH, C, F)
-        y = load_values(v, at, stop, 0, svn, svd, origin, VALUE_WIDTH, C, E)
+        y = load_values(v, at, stop, 0, svn, svd, origin, VALUE_WIDTH, C, E, P)
         above = tl.maximum(top, tl.max(z, 0))
-        keys = tl.exp(z - above[None, :])
+        keys = rounded(tl.exp(z - above[None, :]), P)
         fade = tl.exp(top - above)
         mass = mass * fade + tl.sum(keys, 0)
-        sums = product(keys, y, sums * fade[:, None], True, False, P)
+        sums = product(keys, y, sums * fade[:, None], True, False, True, P)
         top = above
     store_state(states, item, first, top, mass, sums, FEATURES, F, E)
 
@@ -248,14 +281,14 @@ def forward(
     v += head // heads * svb + head % heads * svh
     there = head // heads * sob + head % heads * soh
     mine = tl.arange(0, C)
-    origin = origin_of(v, tokens, left, svn, svd, VALUE_WIDTH, C, E)
+    origin = origin_of(v, tokens, left, svn, svd, VALUE_WIDTH, C, E, P)
     top, mass, sums = load_state(states, head * (chunks - 1) + chunk - 1, chunk > 0, 0, left, F, VALUES, F, E)
     at = start
     while at < stop:
         end = tl.minimum((at // C + 1) * C, stop)
         z = load_logs(k, at, end, 0, skn, skd, MAP, WIDTH, C, F)
         x = load_logs(q, at, end, 0, sqn, sqd, MAP, WIDTH, C, F)
-        y = load_values(v, at, end, left, svn, svd, origin, VALUE_WIDTH, C, E)
+        y = load_values(v, at, end, left, svn, svd, origin, VALUE_WIDTH, C, E, P)
         base = tl.maximum(top, tl.max(load_logs(k, at, end, 0, skn, skd, MAP, WIDTH, 1, F), 0))
         above, next = tl.maximum(top, tl.max(z, 0)), end
         while tl.max(above - base, 0) > LIMIT:
@@ -265,15 +298,16 @@ def forward(
         fade = tl.exp(top - above)
         top, mass, sums = above, mass * fade, sums * fade[:, None]
         peak = tl.max(x + above[None, :], 1)
-        queries = tl.exp(x + above[None, :] - peak[:, None])
+        queries = rounded(tl.exp(x + above[None, :] - peak[:, None]), P)
         total = tl.sum(queries * mass[None, :], 1)
-        mixed = product(queries, sums, tl.zeros([C, E], tl.float32), False, False, P)
-        keys = weights_of(z - above[None, :], inside)
+        mixed = product(queries, sums, tl.zeros([C, E], tl.float32), False, False, True, P)
+        keys = rounded(weights_of(z - above[None, :], inside), P)
         mass += tl.sum(keys, 0)
-        sums = product(keys, y, sums, True, False, P)
-        pairs = causal(product(queries, keys, tl.zeros([C, C], tl.float32), False, True, P), at, False, C)
+        sums = product(keys, y, sums, True, False, True, P)
+        pairs = product(queries, keys, tl.zeros([C, C], tl.float32), False, True, False, P)
+        pairs = rounded(causal(pairs, at, False, C), P)
         total += tl.sum(pairs, 1)
-        mixed = product(pairs, y, mixed, False, False, P) * (1 / total)[:, None]
+        mixed = product(pairs, y, mixed, False, False, True, P) * (1 / total)[:, None]
         store_block(o + there, mixed + origin, inside, at, left, son, VALUE_WIDTH, C, E)
         if SAVE:
             store_block(mixes + head * tokens * VALUE_WIDTH, mixed, inside, at, left, VALUE_WIDTH, VALUE_WIDTH, C, E)

@@ -167,7 +167,7 @@ def _prepared_forward(sizes: Sizes) -> Prepared:
     arguments = (*queries, *keys, *values, *output, B * H * N, H, N, chunks)
     arguments = (*arguments, *head, F, E, best.value_tile, block, sizes.save, P, best.limit)
     read = Option((B * H * chunks, E // best.value_tile), arguments, best.warps)
-    join = _join(B * H, chunks - 1, F, E)
+    join = Option((B * H, F // 16), (chunks - 1, F, 16, E), 4)
     return Prepared(Launch(kernels.gather, gather), Launch(kernels.join, [join]), Launch(kernels.forward, [read]), best)
 
 
@@ -186,17 +186,14 @@ def _prepared_backward(sizes: Sizes) -> tuple[Launch, Prepared]:
     size = N * H * sizes.width
     parts = (0, *dv[:3]) if tile == F else (B * size, size, sizes.width, H * sizes.width)
     read = Option(grid, (*inputs, *dk[:3], *parts, *tokens, *constants), warps)
-    join = _join(B * H, chunks - 1, F, E)
+    arguments = (chunks - 1, N, F, 16, sizes.width, E, best.block, _precision(sizes))
+    join = Option((B * H, F // 16), arguments, 4)
     return Launch(causal_gradients.query_gradients, [of_queries]), Prepared(
         Launch(causal_gradients.gather_queries, [gather]),
         Launch(causal_gradients.join_queries, [join]),
         Launch(causal_gradients.key_gradients, [read]),
         best,
     )
-
-
-def _join(heads: int, parts: int, features: int, values: int) -> Option:
-    return Option((heads, features // 16), (parts, features, 16, values), 4)
 
 
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Tensor, Saved | None]:
@@ -229,11 +226,11 @@ def _launch_backward(
         of_queries(q, k, v, do, dq, mixes, stats, deltas, states)
         if best.chunks > 1:
             own = torch.empty_like(states)
-            gather(q, k, do, stats, deltas, marks, own)
-            join(own, joined)
+            gather(q, k, do, mixes, stats, deltas, marks, own)
+            join(own, joined, mixes)
         tiles = padded(q.shape[-1]) // best.feature_tile
         parts = dv if tiles == 1 else v.new_empty(tiles, B, N, H, E, dtype=torch.float32)
-        of_keys(q, k, v, do, dk, parts, stats, deltas, marks, joined)
+        of_keys(q, k, v, do, dk, parts, mixes, stats, deltas, marks, joined)
         if tiles > 1:
             dv.copy_(parts.sum(0).transpose(1, 2))
     return dq, dk, dv
