@@ -17,14 +17,14 @@ FLOORS = [
     {"blocks"},
     {"conversion"},
     {"backbones", "detection", "data"},
-    {"engine", "export", "profiling", "video"},
+    {"engine", "deployment", "profiling", "video"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SHARED = {
-    ("engine", "export"),
-    ("video", "export"),
-    ("profiling", "export"),
+    ("engine", "deployment"),
+    ("video", "deployment"),
+    ("profiling", "deployment"),
     ("config", "errors"),
     ("pictures", "errors"),
 }

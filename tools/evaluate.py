@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of
+from visionattn.deployment.info import size_text
 from visionattn.engine.coco import Backend
 from visionattn.engine.evaluate import ClassificationReport, DetectionReport, evaluate
 from visionattn.errors import ConfigError
-from visionattn.export.info import size_text
 
 app = typer.Typer(add_completion=False)
 

@@ -15,16 +15,16 @@ from rich.table import Table
 
 from visionattn.cli import run, size_of
 from visionattn.data import calibration_images
+from visionattn.deployment.export import Exported, export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.graph import BuildOptions
+from visionattn.deployment.info import Precision, size_text
+from visionattn.deployment.network import Request
+from visionattn.deployment.nms import Thresholds
+from visionattn.deployment.quantize import Calibration
 from visionattn.detection import NMS, resolve_model
 from visionattn.engine.scores import compare_scores
 from visionattn.errors import ConfigError, suggest
-from visionattn.export.export import Exported, export
-from visionattn.export.formats import FORMATS
-from visionattn.export.graph import BuildOptions
-from visionattn.export.info import Precision, size_text
-from visionattn.export.network import Request
-from visionattn.export.nms import Thresholds
-from visionattn.export.quantize import Calibration
 
 app = typer.Typer(add_completion=False)
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of
-from visionattn.export import load_runner
+from visionattn.deployment import load_runner
 from visionattn.video import open_source, predict
 
 app = typer.Typer(add_completion=False)

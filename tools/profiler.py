@@ -19,8 +19,8 @@ import typer
 from visionattn.attention import ATTENTION
 from visionattn.cli import IMGSZ_HELP, check_measured, check_output, journal, publish, run, size_of
 from visionattn.data import calibration_images
+from visionattn.deployment.quantize import Calibration
 from visionattn.errors import ConfigError, suggest
-from visionattn.export.quantize import Calibration
 from visionattn.profiling import (
     RUNTIMES,
     Conditions,

@@ -8,13 +8,13 @@ import onnx
 import pytest
 import torch
 
-from tests.export.conftest import make_detector
+from tests.deployment.conftest import make_detector
 from visionattn.cli import size_of
 from visionattn.data.scenes import make_scenes
+from visionattn.deployment import load_runner
+from visionattn.deployment.info import size_text
+from visionattn.deployment.runner import open_session
 from visionattn.errors import ConfigError
-from visionattn.export import load_runner
-from visionattn.export.info import size_text
-from visionattn.export.runner import open_session
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from visionattn.deployment import Detections, Runner
 from visionattn.errors import UnsupportedError
-from visionattn.export import Detections, Runner
 from visionattn.video.draw import draw
 from visionattn.video.sink import Window, open_sink
 from visionattn.video.source import Source
@@ -41,7 +41,7 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
     A camera runs until Ctrl-C, or until q or Esc in its window.
 
     Args:
-        runner: model from :func:`visionattn.export.load_runner`.
+        runner: model from :func:`visionattn.deployment.load_runner`.
         source: from :func:`visionattn.video.open_source`.
         output: folder for the pictures or the mp4 video; files that are there are never replaced.
         show: also show the frames in a window; pictures wait for a key.

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch.export.passes import move_to_device_pass
 
+from visionattn.deployment.formats.base import Format
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.info import KEY, read_info
+from visionattn.deployment.session import Place, Session, TorchSession, torch_device
 from visionattn.errors import WeightsError
-from visionattn.export.formats.base import Format
-from visionattn.export.graph import Graph
-from visionattn.export.info import KEY, read_info
-from visionattn.export.session import Place, Session, TorchSession, torch_device
 
 
 def write(graph: Graph, path: Path) -> None:

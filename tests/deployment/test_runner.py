@@ -8,9 +8,9 @@ import torch
 from torchvision.ops import batched_nms
 
 from visionattn.backbones.classifier import build_classifier, save_classifier
+from visionattn.deployment import load_runner
 from visionattn.detection import build_detector, load_detector
 from visionattn.errors import ConfigError, WeightsError
-from visionattn.export import load_runner
 
 SIDE = 64
 

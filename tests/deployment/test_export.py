@@ -16,15 +16,15 @@ import torch
 import yaml
 from ultralytics import YOLO
 
-from tests.export.conftest import CLASSES, SIZE, STRIDE, make_detector, pictures, raw_truth
+from tests.deployment.conftest import CLASSES, SIZE, STRIDE, make_detector, pictures, raw_truth
 from visionattn.attention import ATTENTION
 from visionattn.attention.features import RandomFeatures
+from visionattn.deployment import load_runner
+from visionattn.deployment.export import default_path, export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.network import Request, load_network
+from visionattn.deployment.runner import open_session
 from visionattn.errors import ConfigError, UnsupportedError
-from visionattn.export import load_runner
-from visionattn.export.export import default_path, export
-from visionattn.export.formats import FORMATS
-from visionattn.export.network import Request, load_network
-from visionattn.export.runner import open_session
 
 RUNNABLE = {name: form for name, form in FORMATS.items() if not form.of_hardware}
 FLOATS = [(name, p) for name, form in RUNNABLE.items() for p in form.precisions if p != "int8"]
@@ -250,8 +250,8 @@ def test_two_exports_have_the_same_constants(tmp_path, attention):
 def test_two_processes_write_the_same_constants(tmp_path):
     """Weights of a name are drawn from a seed."""
     code = (
-        "import sys; from pathlib import Path; from visionattn.export.export import export;"
-        "from visionattn.export.network import Request;"
+        "import sys; from pathlib import Path; from visionattn.deployment.export import export;"
+        "from visionattn.deployment.network import Request;"
         "export(Request('test_vit', model_kwargs={'attn_layer': 'performer'}), 'onnx', Path(sys.argv[1]))"
     )
     for name in ("a", "b"):

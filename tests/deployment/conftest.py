@@ -15,10 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from visionattn.backbones.classifier import build_classifier, load_classifier, save_classifier
+from visionattn.deployment.export import export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.network import Request
 from visionattn.detection import build_detector, load_detector
-from visionattn.export.export import export
-from visionattn.export.formats import FORMATS
-from visionattn.export.network import Request
 
 SIZE = (64, 96)
 STRIDE = 16

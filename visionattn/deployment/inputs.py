@@ -12,8 +12,8 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from visionattn.deployment.info import ModelInfo
 from visionattn.detection import letterbox
-from visionattn.export.info import ModelInfo
 
 BGRImage = NDArray[np.uint8]
 """Array of shape (H, W, 3), blue first, as OpenCV reads it."""

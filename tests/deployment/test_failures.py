@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.export.conftest import SIZE
+from tests.deployment.conftest import SIZE
 from tests.tools.conftest import TOOLS
+from visionattn.deployment import load_runner
+from visionattn.deployment.export import export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.info import ModelInfo, as_json
+from visionattn.deployment.network import Request, load_network
+from visionattn.deployment.quantize import Calibration
+from visionattn.deployment.runner import format_of, open_session
 from visionattn.errors import ConfigError, ExportError, UnsupportedError, WeightsError
-from visionattn.export import load_runner
-from visionattn.export.export import export
-from visionattn.export.formats import FORMATS
-from visionattn.export.info import ModelInfo, as_json
-from visionattn.export.network import Request, load_network
-from visionattn.export.quantize import Calibration
-from visionattn.export.runner import format_of, open_session
 
 ENGINES = [name for name, form in FORMATS.items() if form.of_hardware]
 

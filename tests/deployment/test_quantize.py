@@ -8,15 +8,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from tests.export.conftest import SIZE, pictures, raw_truth
+from tests.deployment.conftest import SIZE, pictures, raw_truth
 from visionattn.data import calibration_images, load_image
+from visionattn.deployment import quantize
+from visionattn.deployment.export import export
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.network import Request, load_network
+from visionattn.deployment.quantize import Calibration, quantize_onnx
+from visionattn.deployment.runner import open_session
 from visionattn.errors import ConfigError, DataError
-from visionattn.export import quantize
-from visionattn.export.export import export
-from visionattn.export.graph import Graph
-from visionattn.export.network import Request, load_network
-from visionattn.export.quantize import Calibration, quantize_onnx
-from visionattn.export.runner import open_session
 
 HEAVY = ("Conv", "MatMul", "Gemm")
 

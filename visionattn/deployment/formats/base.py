@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionattn.export.graph import Graph
-from visionattn.export.info import Precision
-from visionattn.export.session import Place, Session
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.info import Precision
+from visionattn.deployment.session import Place, Session
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from visionattn.deployment.info import ModelInfo
 from visionattn.errors import ConfigError, UnsupportedError
-from visionattn.export.info import ModelInfo
 
 
 @dataclass(frozen=True)

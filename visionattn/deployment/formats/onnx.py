@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionattn.deployment.formats.base import Format
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.info import ModelInfo, read_info
+from visionattn.deployment.session import Place, Session, torch_device
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
-from visionattn.export.formats.base import Format
-from visionattn.export.graph import Graph
-from visionattn.export.info import ModelInfo, read_info
-from visionattn.export.session import Place, Session, torch_device
 
 _CPU = "CPUExecutionProvider"
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionattn.deployment.graph import OPSET, Graph
+from visionattn.deployment.info import ModelInfo, as_json, read_info
+from visionattn.deployment.session import Place, Session, torch_device
 from visionattn.errors import ConfigError, ExportError, HardwareError, UnsupportedError, WeightsError
-from visionattn.export.graph import OPSET, Graph
-from visionattn.export.info import ModelInfo, as_json, read_info
-from visionattn.export.session import Place, Session, torch_device
 
 
 @dataclass(frozen=True)

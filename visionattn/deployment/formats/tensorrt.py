@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from visionattn.export.formats.base import Format
-from visionattn.export.formats.engines import TENSORRT, open_engine, write_engine
-from visionattn.export.graph import Graph
-from visionattn.export.session import Place, Session
+from visionattn.deployment.formats.base import Format
+from visionattn.deployment.formats.engines import TENSORRT, open_engine, write_engine
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.session import Place, Session
 
 
 def write(graph: Graph, path: Path) -> None:

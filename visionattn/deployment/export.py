@@ -10,6 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from visionattn.deployment.formats import FORMATS, Format, format_of
+from visionattn.deployment.formats.engines import source_of
+from visionattn.deployment.graph import BuildOptions, Graph
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.network import Network, Request, load_network
+from visionattn.deployment.parity import HALF_LIMIT, Parity
+from visionattn.deployment.quantize import Calibration
+from visionattn.deployment.session import Place, Session, TorchSession
+from visionattn.deployment.verify import compare, half_range, photographs, trials_of
 from visionattn.errors import (
     ConfigError,
     ExportError,
@@ -19,15 +28,6 @@ from visionattn.errors import (
     VisionAttnError,
     suggest,
 )
-from visionattn.export.formats import FORMATS, Format, format_of
-from visionattn.export.formats.engines import source_of
-from visionattn.export.graph import BuildOptions, Graph
-from visionattn.export.info import ModelInfo
-from visionattn.export.network import Network, Request, load_network
-from visionattn.export.parity import HALF_LIMIT, Parity
-from visionattn.export.quantize import Calibration
-from visionattn.export.session import Place, Session, TorchSession
-from visionattn.export.verify import compare, half_range, photographs, trials_of
 
 Check = Callable[[Session, Session], Any]
 """Of the weights in float32 and of the file: raises if the file will not do."""
@@ -72,7 +72,7 @@ def export(
 
     Args:
         request: what to export.
-        form: a name in :data:`~visionattn.export.formats.FORMATS`.
+        form: a name in :data:`~visionattn.deployment.formats.FORMATS`.
         output: file to write; None for one beside the weights, named like them.
         calibration: images to quantise by; for int8.
         build: how to build an engine.

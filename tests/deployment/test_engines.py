@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.export.conftest import CLASSES, SIZE
+from tests.deployment.conftest import CLASSES, SIZE
 from visionattn.attention import ATTENTION
+from visionattn.deployment.export import export
+from visionattn.deployment.formats import engines
+from visionattn.deployment.formats.engines import TENSORRT, TENSORRT_RTX, EngineSession, build
+from visionattn.deployment.graph import BuildOptions, Graph
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.network import Request, load_network
 from visionattn.errors import ConfigError, ExportError, UnsupportedError
-from visionattn.export.export import export
-from visionattn.export.formats import engines
-from visionattn.export.formats.engines import TENSORRT, TENSORRT_RTX, EngineSession, build
-from visionattn.export.graph import BuildOptions, Graph
-from visionattn.export.info import ModelInfo
-from visionattn.export.network import Request, load_network
 
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU an engine is run")

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visionattn.data import load_image
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.inputs import prepare
+from visionattn.deployment.parity import INT8_TOLERANCE, worst_rms
 from visionattn.errors import ConfigError, UnsupportedError
-from visionattn.export.info import ModelInfo
-from visionattn.export.inputs import prepare
-from visionattn.export.parity import INT8_TOLERANCE, worst_rms
 
 _log = logging.getLogger("visionattn")
 

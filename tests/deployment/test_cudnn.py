@@ -8,8 +8,8 @@ from torch import nn
 from ultralytics.nn.modules import Bottleneck, Conv
 
 from tests.detection.test_head import TINY, randomised, tiny
+from visionattn.deployment.cudnn import ConvReLU, join_relus
 from visionattn.detection import YOLOLAT, DetectionNetwork
-from visionattn.export.cudnn import ConvReLU, join_relus
 
 
 @pytest.fixture

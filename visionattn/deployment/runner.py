@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from visionattn.deployment.formats import format_of
+from visionattn.deployment.info import ModelInfo, Task, size_text
+from visionattn.deployment.inputs import BGRImage, prepare
+from visionattn.deployment.network import Request, load_network
+from visionattn.deployment.session import Place, Session, TorchSession, torch_device
 from visionattn.detection import WEIGHTS, check_form, in_image, resolve_model, suppress
 from visionattn.errors import ConfigError, WeightsError
-from visionattn.export.formats import format_of
-from visionattn.export.info import ModelInfo, Task, size_text
-from visionattn.export.inputs import BGRImage, prepare
-from visionattn.export.network import Request, load_network
-from visionattn.export.session import Place, Session, TorchSession, torch_device
 
 SUFFIXES = (".pt", ".safetensors")
 

@@ -1,7 +1,7 @@
 """Networks on their way to production: exported, verified, and run by one abstraction, whatever the runtime."""
 
-from visionattn.export.inputs import BGRImage
-from visionattn.export.runner import ClassifyRunner, Detections, DetectRunner, FeaturesRunner, Runner, load_runner
+from visionattn.deployment.inputs import BGRImage
+from visionattn.deployment.runner import ClassifyRunner, Detections, DetectRunner, FeaturesRunner, Runner, load_runner
 
 __all__ = [
     "BGRImage",

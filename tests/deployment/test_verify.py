@@ -9,16 +9,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.export.conftest import SIZE, pictures, raw_truth
+from tests.deployment.conftest import SIZE, pictures, raw_truth
+from visionattn.deployment.export import export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.network import Request
+from visionattn.deployment.parity import TOLERANCE, Error, Parity, errors_of
+from visionattn.deployment.session import Session
+from visionattn.deployment.verify import compare, half_range, photographs, trials_of
 from visionattn.detection import NMS
 from visionattn.errors import ExportError, ParityError
-from visionattn.export.export import export
-from visionattn.export.formats import FORMATS
-from visionattn.export.info import ModelInfo
-from visionattn.export.network import Request
-from visionattn.export.parity import TOLERANCE, Error, Parity, errors_of
-from visionattn.export.session import Session
-from visionattn.export.verify import compare, half_range, photographs, trials_of
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ class TestTrials:
         assert size in sizes
 
     def test_a_file_is_compared_at_all_of_them(self, tiny):
-        from visionattn.export.network import load_network
+        from visionattn.deployment.network import load_network
 
         network = load_network(Request(str(tiny), SIZE, dynamic=("batch", "size")))
         session = Fake(network.info, lambda images: [network.truth(images)])
@@ -310,7 +310,7 @@ class TestTrials:
 
 
 def test_the_truth_is_that_of_the_bare_module(tiny):
-    from visionattn.export.network import load_network
+    from visionattn.deployment.network import load_network
 
     network = load_network(Request(str(tiny), SIZE, precision="fp16"))
     images = pictures(2, SIZE)
@@ -381,7 +381,7 @@ class TestHalfRange:
             def forward(self, images):
                 return self.inner(images) * 1e-3
 
-        monkeypatch.setattr("visionattn.export.network.create_model", lambda *_: Loud())
+        monkeypatch.setattr("visionattn.deployment.network.create_model", lambda *_: Loud())
         output = tmp_path / "loud.onnx"
         with pytest.raises(ParityError, match=r"^loud.onnx: \S+ overflows float16 on photographs; export it in fp32"):
             export(Request("test_vit", precision="fp16"), "onnx", output)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from visionattn.deployment.formats import onnx, openvino, pt2, tensorrt, tensorrt_rtx, torchscript
+from visionattn.deployment.formats.base import Format
 from visionattn.errors import WeightsError
-from visionattn.export.formats import onnx, openvino, pt2, tensorrt, tensorrt_rtx, torchscript
-from visionattn.export.formats.base import Format
 
 FORMATS: dict[str, Format] = {
     "onnx": onnx.FORMAT,

@@ -7,12 +7,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from visionattn.deployment.formats.base import Format
+from visionattn.deployment.graph import OPSET, Graph
+from visionattn.deployment.info import KEY, ModelInfo, read_info
+from visionattn.deployment.quantize import quantize_openvino
+from visionattn.deployment.session import Place, Session
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
-from visionattn.export.formats.base import Format
-from visionattn.export.graph import OPSET, Graph
-from visionattn.export.info import KEY, ModelInfo, read_info
-from visionattn.export.quantize import quantize_openvino
-from visionattn.export.session import Place, Session
 
 
 def write(graph: Graph, path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from visionattn.deployment.formats.base import Format
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.info import read_info
+from visionattn.deployment.session import Place, Session, TorchSession
 from visionattn.errors import WeightsError
-from visionattn.export.formats.base import Format
-from visionattn.export.graph import Graph
-from visionattn.export.info import read_info
-from visionattn.export.session import Place, Session, TorchSession
 
 _EXTRA = "config.txt"
 

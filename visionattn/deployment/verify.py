@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.inputs import prepare
+from visionattn.deployment.network import Network
+from visionattn.deployment.parity import Error, Parity, errors_of
+from visionattn.deployment.session import Session
 from visionattn.errors import ParityError
-from visionattn.export.info import ModelInfo
-from visionattn.export.inputs import prepare
-from visionattn.export.network import Network
-from visionattn.export.parity import Error, Parity, errors_of
-from visionattn.export.session import Session
 
 Images = Callable[[ModelInfo, int, tuple[int, int]], Tensor]
 """Of a network, a batch and a size (H, W): inputs to compare on, (B, 3, H, W)."""

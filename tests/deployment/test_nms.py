@@ -8,16 +8,16 @@ import torch
 import yaml
 from torchvision.ops import batched_nms
 
-from tests.export.conftest import SIZE, description, make_detector, pictures, raw_truth
+from tests.deployment.conftest import SIZE, description, make_detector, pictures, raw_truth
+from visionattn.deployment import load_runner
+from visionattn.deployment.export import export
+from visionattn.deployment.formats import FORMATS
+from visionattn.deployment.network import Request
+from visionattn.deployment.nms import EmbeddedNMS, Thresholds
+from visionattn.deployment.runner import open_session
 from visionattn.detection import DetectionNetwork, load_detector
 from visionattn.engine.evaluate import evaluate
 from visionattn.errors import ConfigError, ParityError, UnsupportedError
-from visionattn.export import load_runner
-from visionattn.export.export import export
-from visionattn.export.formats import FORMATS
-from visionattn.export.network import Request
-from visionattn.export.nms import EmbeddedNMS, Thresholds
-from visionattn.export.runner import open_session
 
 RUNTIMES = ["onnx", pytest.param("openvino", marks=pytest.mark.slow)]
 
@@ -170,7 +170,7 @@ def test_a_file_that_suppresses_nothing_is_found(tiny, tmp_path, monkeypatch):
         return op.Cast(op.Greater(scores, op.Constant(value_floats=[conf])), to=1)
 
     translation = {torch.ops.visionattn.survivors.default: translated}
-    monkeypatch.setattr("visionattn.export.graph.onnx_translation", lambda: translation)
+    monkeypatch.setattr("visionattn.deployment.graph.onnx_translation", lambda: translation)
     request = Request(str(tiny), SIZE, nms="embedded", thresholds=Thresholds(0.001, 0.5, 300))
     with pytest.raises(ParityError, match=r"m\.onnx: detections of"):
         export(request, "onnx", tmp_path / "m.onnx")

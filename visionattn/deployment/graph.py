@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from visionattn.deployment.info import ModelInfo, as_text
+from visionattn.deployment.network import Network
+from visionattn.deployment.nms import onnx_translation
+from visionattn.deployment.quantize import Calibration, quantize_onnx
 from visionattn.errors import ConfigError, ExportError, UnsupportedError
-from visionattn.export.info import ModelInfo, as_text
-from visionattn.export.network import Network
-from visionattn.export.nms import onnx_translation
-from visionattn.export.quantize import Calibration, quantize_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto

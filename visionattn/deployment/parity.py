@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from visionattn.deployment.info import ModelInfo, Precision
 from visionattn.errors import ParityError
-from visionattn.export.info import ModelInfo, Precision
 
 HALF_LIMIT = 65504.0
 """The largest number of float16."""
