@@ -11,21 +11,25 @@ import visionattn
 
 ROOT = Path(visionattn.__file__).parent
 FLOORS = [
-    {"config", "errors", "pictures", "record"},
+    {"choices", "cli", "config", "errors", "packaged", "pictures", "record"},
     {"ops"},
     {"attention"},
     {"blocks"},
     {"conversion"},
     {"backbones", "detection", "data"},
     {"engine", "deployment", "profiling", "video"},
-    {"cli"},
+    {"verbs"},
+    {"commands"},
+    {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SHARED = {
     ("engine", "deployment"),
     ("video", "deployment"),
     ("profiling", "deployment"),
+    ("cli", "errors"),
     ("config", "errors"),
+    ("config", "packaged"),
     ("pictures", "errors"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))

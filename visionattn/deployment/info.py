@@ -3,16 +3,12 @@
 import ast
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from visionattn.detection import NMS
+from visionattn.choices import NMS, Dynamic, Precision, Task
 from visionattn.errors import WeightsError
-
-Task = Literal["detect", "classify", "features"]
-Precision = Literal["fp32", "fp16", "int8"]
-Dynamic = Literal["batch", "size"]
 
 KEY = "visionattn"
 """Under it the whole description stands in a file's metadata, as JSON."""

@@ -10,9 +10,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from visionattn.backbones.classifier import create_model, has_fixed_size, load_classifier
-from visionattn.deployment.info import Dynamic, ModelInfo, Precision
+from visionattn.choices import NMS, Dynamic, Precision
+from visionattn.deployment.info import ModelInfo
 from visionattn.deployment.nms import EmbeddedNMS, Thresholds
-from visionattn.detection import NMS, DetectionNetwork, build_detector, classes_and_size
+from visionattn.detection import DetectionNetwork, build_detector, classes_and_size
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.record import environment
 

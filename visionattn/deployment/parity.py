@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from visionattn.deployment.info import ModelInfo, Precision
+from visionattn.choices import Precision
+from visionattn.deployment.info import ModelInfo
 from visionattn.errors import ParityError
 
 HALF_LIMIT = 65504.0

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from visionattn.choices import Task
 from visionattn.deployment.formats import format_of
-from visionattn.deployment.info import ModelInfo, Task, size_text
+from visionattn.deployment.info import ModelInfo, size_text
 from visionattn.deployment.inputs import BGRImage, prepare
 from visionattn.deployment.network import Request, load_network
 from visionattn.deployment.session import Place, Session, TorchSession, torch_device

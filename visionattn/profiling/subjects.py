@@ -11,7 +11,8 @@ import yaml
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from visionattn.deployment.info import Dynamic, ModelInfo, Precision
+from visionattn.choices import Dynamic, Precision
+from visionattn.deployment.info import ModelInfo
 from visionattn.deployment.network import Network, TimmNetwork
 from visionattn.deployment.verify import photographs
 from visionattn.detection import LAT, MODELS, YOLOLAT, DetectionNetwork, build_detector, load_detector

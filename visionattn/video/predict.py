@@ -26,6 +26,7 @@ class Summary:
         model_ms: milliseconds a frame in the model with its pre- and post-processing; a first call is not counted.
         total_ms: the same with reading, drawing, writing and showing.
         paths: files written.
+        device: where the model ran.
     """
 
     frames: int
@@ -33,6 +34,7 @@ class Summary:
     model_ms: float
     total_ms: float
     paths: list[Path]
+    device: str
 
 
 def predict(runner: Runner, source: Source, output: Path, show: bool = False) -> Summary:
@@ -78,7 +80,9 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
                 raise
         total = time.perf_counter() - started
     milliseconds = 1000 / max(frames, 1)
-    return Summary(frames, dict(counts.most_common()), in_model * milliseconds, total * milliseconds, sink.paths)
+    return Summary(
+        frames, dict(counts.most_common()), in_model * milliseconds, total * milliseconds, sink.paths, runner.device
+    )
 
 
 def _found(result: Detections | NDArray[np.float32], names: dict[int, str]) -> list[str]:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from visionattn.choices import Precision
 from visionattn.deployment.graph import Graph
-from visionattn.deployment.info import Precision
 from visionattn.deployment.session import Place, Session
 
 
