@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,25 @@ def test_export_of_packaged_weights(run: Run, tmp_path: Path) -> None:
     done = run("visionattn", "export", "--weights", "yolo-lat-p-aquarium", "--format", "torchscript", "--imgsz", 64)
     assert f"written: {tmp_path / 'runs/export/yolo-lat-p-aquarium.torchscript'}" in done.stdout
     assert "untrained" not in done.stdout
+
+
+def test_quickstart_in_python(run: Run, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "picture.jpg"), np.full((60, 80, 3), 90, np.uint8))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(), re.DOTALL)
+    assert "runs/predict/picture/picture.jpg" in run("python", "-c", code).stdout
+
+
+def test_commands_of_the_readme(run: Run, tmp_path: Path) -> None:
+    """In fewer epochs; everything else as it stands there."""
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    for value in range(3):
+        writer.write(np.full((64, 96, 3), 80 * value, np.uint8))
+    writer.release()
+    uses = (ROOT / "README.md").read_text().split("\n### 3.")[1].split("\n## ")[0]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", uses, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 7
+    for line in lines:
+        run(*shlex.split(line.replace("epochs=20", "epochs=1"), comments=True))
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 200
+    assert (tmp_path / "runs/export/yolo-lat-n-aquarium-fp16.onnx").is_file()
+    assert len(list((tmp_path / "runs/predict").iterdir())) == 2, "two clips"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from visionattn.conversion import align, convert
     from visionattn.detection import YOLOLAT
     from visionattn.engine.evaluate import evaluate
+    from visionattn.model import load
     from visionattn.ops.switch import kernels
     from visionattn.verbs import export, predict, train
 
@@ -38,6 +39,7 @@ __all__ = [
     "explain",
     "export",
     "kernels",
+    "load",
     "predict",
     "train",
     "whiten",
@@ -49,6 +51,7 @@ _HOMES = {
     "visionattn.conversion": ("align", "convert"),
     "visionattn.detection": ("YOLOLAT",),
     "visionattn.engine.evaluate": ("evaluate",),
+    "visionattn.model": ("load",),
     "visionattn.ops.switch": ("kernels",),
     "visionattn.verbs": ("export", "predict", "train"),
 }

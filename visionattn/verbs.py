@@ -58,9 +58,9 @@ def train(
 def export(
     weights: str | Path,
     format: str = "onnx",
-    precision: Precision = "fp32",
     output: str | Path | None = None,
     *,
+    precision: Precision = "fp32",
     imgsz: int | tuple[int, int] | None = None,
     batch: int = 1,
     dynamic: Sequence[Dynamic] = (),
@@ -81,8 +81,8 @@ def export(
         weights: a ``.pt`` detector, a ``.safetensors`` classifier, a name of packaged weights, a model of timm, or a
             model yaml.
         format: a name in :data:`visionattn.deployment.formats.FORMATS`.
-        precision: of the arithmetic; inputs and outputs are float32 whatever it is.
         output: file to write; beside the weights, or in ``runs/export`` for what has no file, if left out.
+        precision: of the arithmetic; inputs and outputs are float32 whatever it is.
         imgsz: side, or (H, W), of the input in pixels; as trained if left out.
         batch: images of a batch; those to tune for, if it is dynamic.
         dynamic: what a caller of the file may choose: ``batch``, ``size`` or both.

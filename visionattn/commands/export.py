@@ -67,8 +67,8 @@ def main(
     exported = export(
         weights,
         format,
-        precision,
         output,
+        precision=precision,
         imgsz=size_of(imgsz),
         batch=batch,
         dynamic=axes_of(dynamic),
