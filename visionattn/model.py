@@ -151,9 +151,9 @@ def load(
         UnsupportedError: the runtime is not installed, or the file is a bare backbone.
 
     Example:
-        >>> model = visionattn.load("yolo-lat-n-aquarium")  # doctest: +SKIP
-        >>> found = model("picture.jpg")  # doctest: +SKIP
-        >>> found.boxes, found.scores, found.names  # doctest: +SKIP
+        >>> model = visionattn.load("yolo-lat-n-aquarium")
+        >>> found = model("picture.jpg")
+        >>> found.boxes, found.scores, found.names
     """
     runner = load_runner(weights, device, imgsz, conf, iou, max_det, trust, threads=threads, provider=provider)
     if runner.task == "features":

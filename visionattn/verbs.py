@@ -46,8 +46,8 @@ def train(
         WeightsError: the weights to start from cannot be loaded.
 
     Example:
-        >>> result = visionattn.train("detect/digits", epochs=1, name="short")  # doctest: +SKIP
-        >>> result.weights, result.metrics["ap"]  # doctest: +SKIP
+        >>> result = visionattn.train("detect/digits", epochs=1, name="short")
+        >>> result.weights, result.metrics["ap"]
     """
     if isinstance(config, str | Path):
         return run_training(load_config(config, changes=changes), resume, trust)
@@ -105,7 +105,7 @@ def export(
         ParityError: the file computes something else than the weights; nothing was written.
 
     Example:
-        >>> visionattn.export("yolo-lat-p-aquarium", "onnx", dynamic=["batch"]).path  # doctest: +SKIP
+        >>> visionattn.export("yolo-lat-p-aquarium", "onnx", dynamic=["batch"]).path
     """
     if nms != "embedded" and thresholds not in (None, Thresholds()):
         raise ConfigError(
@@ -170,7 +170,7 @@ def predict(
         ConfigError: an option does not fit.
 
     Example:
-        >>> visionattn.predict("pictures/", "yolo-lat-n-aquarium").counts  # doctest: +SKIP
+        >>> visionattn.predict("pictures/", "yolo-lat-n-aquarium").counts
     """
     opened = open_source(str(source))
     runner = load_runner(weights, device, imgsz, conf, trust=trust, threads=threads, provider=provider)

@@ -12,10 +12,14 @@ import pytest
 import visionattn
 from visionattn.attention import ATTENTION
 from visionattn.cli import COMMANDS, command_of
+from visionattn.commands import convert, profile
 from visionattn.deployment.formats import FORMATS
+from visionattn.profiling.entrants import FORMS
+from visionattn.profiling.operations import MECHANISMS, TOKENS
+from visionattn.profiling.runtimes import RUNTIMES
+from visionattn.profiling.steps import AUTOCAST, DTYPES
 
 HEAVY = ("torch", "timm", "ultralytics", "cv2")
-LIGHT = [name for name in COMMANDS if name != "profile"]  # whose help lists what its rooms measure
 
 
 def program(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -40,7 +44,7 @@ def test_help_is_there_within_two_seconds() -> None:
         assert re.search(rf"\b{name} +{re.escape(line[:40])}", done.stdout)
 
 
-@pytest.mark.parametrize("arguments", [(), *((name,) for name in LIGHT)], ids=lambda arguments: " ".join(arguments))
+@pytest.mark.parametrize("arguments", [(), *((name,) for name in COMMANDS)], ids=lambda arguments: " ".join(arguments))
 def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     code = f"""
 import sys
@@ -67,11 +71,17 @@ def test_help_of_each_command_has_examples(name: str) -> None:
 
 
 def test_help_names_all_that_may_be_chosen() -> None:
-    def line(command: str, option: str) -> str:
-        return next(str(param.help) for param in command_of(command).params if option in param.opts)
-
-    assert re.findall(r"[\w-]+", line("export", "--format").replace(" or ", " ")) == list(FORMATS)
-    assert line("convert", "--to").split(", ") == [name for name in ATTENTION if name != "gka"]
+    (formats,) = [str(param.help) for param in command_of("export").params if "--format" in param.opts]
+    assert re.findall(r"[\w-]+", formats.replace(" or ", " ")) == list(FORMATS)
+    assert convert.ATTENTIONS_HELP.split(", ") == [name for name in ATTENTION if name != "gka"]
+    assert profile.RUNTIMES_HELP.split(", ") == list(RUNTIMES)
+    assert profile.FORMS_HELP.split(", ") == list(FORMS)
+    assert profile.MECHANISMS_HELP.split(", ") == list(MECHANISMS)
+    assert profile.TOKENS_HELP.split(", ") == [str(count) for count in TOKENS]
+    (precisions,) = [
+        str(param.help) for param in command_of("profile").commands["model"].params if "--precision" in param.opts
+    ]
+    assert re.findall(r"[\w-]+", precisions.split(" (")[0].replace(" or ", " ")) == [*DTYPES, AUTOCAST]
 
 
 def test_version() -> None:

@@ -115,7 +115,7 @@ def test_a_missed_figure_is_named_and_the_exit_code_is_1(
 ) -> None:
     wrong = published.figures[0].model_copy(update={"measured": 7.0})
     report = published.model_copy(update={"figures": [wrong, *published.figures[1:]], "tables": published.tables[:1]})
-    monkeypatch.setattr(profile, "measure_fidelity", lambda quick: report)
+    monkeypatch.setattr("visionattn.profiling.measure_fidelity", lambda quick: report)
     done = CliRunner().invoke(profile.app, ["fidelity", "--output", str(tmp_path / "report.json")])
     assert done.exit_code == 1
     assert f"1 of {len(report.figures)} known figures are not recovered: {wrong.name}" in done.stdout.replace("\n", " ")

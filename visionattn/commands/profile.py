@@ -12,45 +12,27 @@ visionattn profile compare results/ops/before.json results/ops/after.json --only
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visionattn.attention import ATTENTION
 from visionattn.cli import IMGSZ_HELP, Command, size_of
-from visionattn.commands.reports import check_measured, check_output, journal, publish
-from visionattn.data import calibration_images
-from visionattn.deployment.quantize import Calibration
 from visionattn.errors import ConfigError, suggest
 from visionattn.packaged import DEFAULT_WEIGHTS
-from visionattn.profiling import (
-    RUNTIMES,
-    Conditions,
-    MemoryPlan,
-    Plan,
-    Sweep,
-    compare_reports,
-    measure_engines,
-    measure_fidelity,
-    measure_latency,
-    measure_memory,
-    measure_operations,
-    measure_parity,
+
+if TYPE_CHECKING:
+    from visionattn.profiling.entrants import Form
+    from visionattn.profiling.runtimes import Arithmetic
+    from visionattn.profiling.steps import DType
+
+RUNTIMES_HELP = (
+    "torch, torch-compiled, torch-graph, torch-compiled-graph, torch-bf16, torch-channels-last, onnxruntime, "
+    "onnxruntime-int8, openvino, openvino-int8"
 )
-from visionattn.profiling.entrants import FORMS, Form
-from visionattn.profiling.operations import MECHANISMS, TOKENS
-from visionattn.profiling.plots import draw_memory, draw_operations
-from visionattn.profiling.runtimes import Arithmetic
-from visionattn.profiling.steps import AUTOCAST, DTYPES, DType, device_of
-from visionattn.profiling.tables import (
-    engine_grid,
-    fidelity_grids,
-    latency_grids,
-    memory_grids,
-    operation_grids,
-    parity_grids,
-    ratio_grids,
-)
+MECHANISMS_HELP = "ela_hadamard, elu, relu, ela_sum, ela_diff, ela_direction, performer, dark, slay, gka"
+FORMS_HELP = "eager, compiled, fused"
+TOKENS_HELP = "196, 400, 1024, 1600, 4096, 6400, 16384"
+"""For the help, which does not import what has them."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -72,6 +54,10 @@ def fidelity(
 
     Exit code 1 if a known figure is not recovered.
     """
+    from visionattn.commands.reports import check_output, publish
+    from visionattn.profiling import measure_fidelity
+    from visionattn.profiling.tables import fidelity_grids
+
     path = output or (None if quick else Path("results/fidelity.json"))
     check_output(path)
     report = measure_fidelity(quick)
@@ -93,6 +79,11 @@ def parity(
     output: Annotated[Path, typer.Option(help="file of the report as JSON")] = Path("results/export/parity.json"),
 ) -> None:
     """Errors of exported graphs against torch: every mechanism in a ViT and a YOLO-LAT, fp32 and stretched fp16."""
+    from visionattn.attention import ATTENTION
+    from visionattn.commands.reports import check_output, publish
+    from visionattn.profiling import measure_parity
+    from visionattn.profiling.tables import parity_grids
+
     check_output(output)
     report = measure_parity(weights, mechanism or list(ATTENTION), workers=workers)
     publish("Exported graphs against torch", report, parity_grids(report), output)
@@ -103,6 +94,10 @@ def engines(
     output: Annotated[Path, typer.Option(help="file of the report as JSON")] = Path("results/export/engines.json"),
 ) -> None:
     """Engines that TensorRT-RTX builds without a GPU: a ViT with every mechanism, and YOLO-LATs."""
+    from visionattn.commands.reports import check_output, publish
+    from visionattn.profiling import measure_engines
+    from visionattn.profiling.tables import engine_grid
+
     check_output(output)
     report = measure_engines()
     publish("Engines", report, [engine_grid(report)], output)
@@ -115,11 +110,11 @@ def model(
     imgsz: Annotated[list[str] | None, typer.Option(help=f"{IMGSZ_HELP}; repeatable")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="images of a batch; repeatable; 1 if left out")] = None,
     runtime: Annotated[
-        list[str] | None, typer.Option(help=f"of weights; repeatable; of {', '.join(RUNTIMES)}; all if left out")
+        list[str] | None, typer.Option(help=f"of weights; repeatable; of {RUNTIMES_HELP}; all if left out")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU if there is one, if left out")] = "",
     precision: Annotated[
-        str, typer.Option(help=f"fp32, fp16, bf16 or {AUTOCAST} (weights stay in fp32): of torch on a GPU")
+        str, typer.Option(help="fp32, fp16, bf16 or bf16-autocast (weights stay in fp32): of torch on a GPU")
     ] = "fp32",
     train: Annotated[bool, typer.Option("--train", help="time a training step of models of timm, too")] = False,
     train_compiled: Annotated[bool, typer.Option("--train-compiled", help="and one of the compiled model")] = False,
@@ -130,6 +125,13 @@ def model(
     output: Annotated[Path | None, typer.Option(help="file of the report as JSON, tables beside it")] = None,
 ) -> None:
     """Latency and memory of models, in several runtimes in turns: the bare network, and from picture to result."""
+    from visionattn.commands.reports import check_measured, check_output, journal, publish
+    from visionattn.data import calibration_images
+    from visionattn.deployment.quantize import Calibration
+    from visionattn.profiling import Conditions, Sweep, measure_latency
+    from visionattn.profiling.steps import AUTOCAST, device_of
+    from visionattn.profiling.tables import latency_grids
+
     check_output(output)
     calibration = Calibration(calibration_images(calibrate, 32), tolerance=math.inf) if calibrate else None
     arithmetic: Arithmetic = "bf16-autocast" if precision == AUTOCAST else known_dtype(precision)
@@ -161,6 +163,12 @@ def memory(
     ] = None,
 ) -> None:
     """Peak memory and time against resolution, for one image and each attention, and how memory grows with tokens."""
+    from visionattn.commands.reports import check_measured, check_output, journal, publish
+    from visionattn.profiling import MemoryPlan, measure_memory
+    from visionattn.profiling.plots import draw_memory
+    from visionattn.profiling.steps import device_of
+    from visionattn.profiling.tables import memory_grids
+
     check_output(output)
     plan = MemoryPlan(
         mechanism or ("softmax", "ela_hadamard", "elu", "slay", "gka"),
@@ -180,13 +188,9 @@ def memory(
 
 @app.command(cls=Command)
 def ops(
-    mechanism: Annotated[
-        list[str] | None, typer.Option(help=f"repeatable; {', '.join(MECHANISMS)} if left out")
-    ] = None,
-    forms: Annotated[list[str] | None, typer.Option(help=f"repeatable; of {', '.join(FORMS)}; all if left out")] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(help=f"repeatable; {', '.join(map(str, TOKENS))} if left out")
-    ] = None,
+    mechanism: Annotated[list[str] | None, typer.Option(help=f"repeatable; {MECHANISMS_HELP} if left out")] = None,
+    forms: Annotated[list[str] | None, typer.Option(help=f"repeatable; of {FORMS_HELP}; all if left out")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help=f"repeatable; {TOKENS_HELP} if left out")] = None,
     total: Annotated[int, typer.Option(help="tokens of a batch in all: the batch is this divided by --tokens")] = 65536,
     batch: Annotated[int, typer.Option(help="items of a batch, in place of --total")] = 0,
     heads: Annotated[int, typer.Option(help="of the attention")] = 6,
@@ -204,6 +208,14 @@ def ops(
     ] = None,
 ) -> None:
     """Time and memory of attention without projections, against softmax by all backends and the device's floor."""
+    from visionattn.commands.reports import check_measured, check_output, journal, publish
+    from visionattn.profiling import Plan, measure_operations
+    from visionattn.profiling.entrants import FORMS
+    from visionattn.profiling.operations import MECHANISMS, TOKENS
+    from visionattn.profiling.plots import draw_operations
+    from visionattn.profiling.steps import device_of
+    from visionattn.profiling.tables import operation_grids
+
     check_output(output)
     if direction not in ("forward", "both"):
         raise ConfigError(f"--direction {direction!r}; {suggest(direction, ('forward', 'both'))}")
@@ -231,13 +243,19 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="file of the comparison as JSON, tables beside it")] = None,
 ) -> None:
     """Ratios of two reports of ops, model or memory, row by row, and what else differs between them."""
+    from visionattn.commands.reports import check_output, publish
+    from visionattn.profiling import compare_reports
+    from visionattn.profiling.tables import ratio_grids
+
     check_output(output)
     comparison = compare_reports(a, b, only or ())
     publish(f"{a.name} (A) and {b.name} (B)", comparison, ratio_grids(comparison), output)
 
 
-def known_form(name: str) -> Form:
+def known_form(name: str) -> "Form":
     """Return the form of a mechanism, or raise a ConfigError."""
+    from visionattn.profiling.entrants import FORMS
+
     for form in FORMS:
         if form == name:
             return form
@@ -249,8 +267,10 @@ def sizes_of(texts: Iterable[str] | None) -> list[tuple[int, int]]:
     return [size for size in map(size_of, texts or ()) if size]
 
 
-def known_dtype(name: str) -> DType:
+def known_dtype(name: str) -> "DType":
     """Return the name of a type of arithmetic, or raise a ConfigError."""
+    from visionattn.profiling.steps import DTYPES
+
     for dtype in DTYPES:
         if dtype == name:
             return dtype
