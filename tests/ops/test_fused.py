@@ -82,7 +82,10 @@ def in_double(x: list[Tensor], features: FeatureMap) -> tuple[list[Tensor], Feat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("tokens", "width", "value_width"), [(1, 16, 16), (53, 16, 24), (40, 96, 96), (40, 128, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "value_width"),
+    [(1, 16, 16), (53, 16, 24), (40, 96, 96), pytest.param(40, 128, 128, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", MAPS)
 def test_errors_are_those_of_the_formula(
     name: str, tokens: int, width: int, value_width: int, dtype: torch.dtype
@@ -91,7 +94,9 @@ def test_errors_are_those_of_the_formula(
     found, usual = everything(x, features, False), everything(x, features, True)
     truth = everything(*in_double(x, features), True)
     # Logarithms of features of long vectors are large, and kernels round them once forward and once backward.
-    rounding = 3e-8 * width**0.8 if dtype == torch.float32 else 1e-4
+    # Of one token, eager has the gradient of the value without an error; kernels round its weight, which is nearly 1.
+    half = 5e-4 if tokens == 1 else 1e-4
+    rounding = 3e-8 * width**0.8 if dtype == torch.float32 else half
     for fused, eager, exact in zip(found, usual, truth, strict=True):
         assert fused.dtype == eager.dtype
         if exact.norm() > 1e-3:  # one token's gradients are zero
@@ -176,7 +181,7 @@ def test_operators_are_registered_soundly(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, cls in ATTENTION.items() if issubclass(cls, LinearAttention)])
-@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("width", [16, pytest.param(128, marks=pytest.mark.slow)])
 def test_modules_take_their_kernels(name: str, width: int) -> None:
     layer: Attention = ATTENTION[name](2 * width, 2, projections=False).to(DEVICE).half()
     x = torch.randn(2, 40, 6 * width, device=DEVICE).half()
