@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 ENTRYWISE = ["ela_hadamard", "elu", "relu"]
-PROJECTED = ["performer", "dark", "slay", "slay_paper"]
+PROJECTED = ["performer", "dark", "calibrated", "slay", "slay_paper"]
 MOMENTS = ["ela_sum", "ela_diff", "ela_direction"]
 FUSED = [*ENTRYWISE, *PROJECTED, *MOMENTS]
 
@@ -35,6 +35,10 @@ def poisoned() -> None:
 
 
 def made(name: str, width: int = 64, heads: int = 2) -> Attention:
+    if name == "calibrated":
+        layer = ATTENTION["performer"](heads * width, heads, projections=False, calibrated=True).cuda()
+        layer.log_weights.normal_()
+        return layer
     layer = ATTENTION[name](heads * width, heads, projections=False).cuda()
     if name == "dark":
         torch.nn.init.normal_(layer.shift, std=0.1)
