@@ -32,6 +32,10 @@ SIGNED = {"slay-nystrom", "slay-maclaurin", "slay-tensorsketch"}
 """Their denominators may be negative: no hull, no bound on rounding."""
 BLIND = {"uniform"}
 """They do not read queries and keys."""
+OWN = {"dark": {"shift"}, "focused": {"scale"}, "polaformer": {"scale", "power"}}
+"""They have parameters that timm's attention has not."""
+COUPLED = {"focused"}
+"""Their heads are not independent."""
 LENGTHS = {"cosformer": {"max_tokens": 16384}}
 """Options without which the kernel depends on the number of tokens."""
 
@@ -58,7 +62,7 @@ def layer(variant: str, **more: Any) -> type[Attention]:
 def make(variant: str, **options: Any) -> Attention:
     attention = layer(variant)(DIM, HEADS, **options).double().eval()
     for key, parameter in attention.named_parameters():
-        if key in ("shift", "log_bandwidth"):  # away from where they start
+        if "." not in key:  # the mechanism's own, away from where they start
             parameter.data += 0.1 * torch.randn_like(parameter)
     if getattr(attention, "log_weights", None) is not None:
         attention.log_weights += torch.randn_like(attention.log_weights)
@@ -186,7 +190,7 @@ def test_contract_gradients(variant: str) -> None:
         return which(*(inputs if len(inputs) == 3 else inputs * 3), **options)
 
     assert torch.autograd.gradcheck(lambda *inputs: form(attention.reference, *inputs), leaves)
-    learned = [p for key, p in attention.named_parameters() if key in ("shift", "log_bandwidth")]
+    learned = [p for key, p in attention.named_parameters() if "." not in key]
     weights = torch.randn_like(x[2])
     for causal in (False, True):
         fast, explicit = (
@@ -282,6 +286,9 @@ def test_contract_heads_and_images_are_independent(variant: str) -> None:
     changed = attend(attention, *others)
     same = torch.ones(2, HEADS, dtype=torch.bool)
     same[0, 1] = False
+    if variant in COUPLED:
+        assert not torch.allclose(changed[same], out[same])
+        same[0] = False
     torch.testing.assert_close(changed[same], out[same])
     if variant != "gka" and variant != "gka-window":  # moving all features by one is no change to distances
         assert not torch.allclose(changed[0, 1], out[0, 1])
@@ -373,8 +380,8 @@ def test_contract_checkpoints_of_timm_load(name: str, options: dict[str, Any]) -
     ours = ATTENTION[name](DIM, HEADS, **options)
     before = {key: value.clone() for key, value in ours.state_dict().items()}
     own = set(before) - set(stock.state_dict())
-    assert own == ({"shift"} if name == "dark" else set()) | {key for key, _ in ours.named_buffers()}
-    ours.load_state_dict(stock.state_dict(), strict=name != "dark")
+    assert own == OWN.get(name, set()) | {key for key, _ in ours.named_buffers()}
+    ours.load_state_dict(stock.state_dict(), strict=name not in OWN)
     for key, value in ours.state_dict().items():
         assert torch.equal(value, before[key] if key in own else stock.state_dict()[key])
     stock.load_state_dict({key: value for key, value in ours.state_dict().items() if key not in own})

@@ -18,7 +18,8 @@ class Attention(nn.Module):
     Input and output are (B, N, dim). Parameters are named as timm names them (``qkv``, ``proj``, ``q_norm``,
     ``k_norm``, ``norm``), so a checkpoint of either loads into the other.
 
-    A subclass gives :meth:`attend` (fast), :meth:`advance` (one token at a time) and :meth:`log_kernel` (the truth).
+    A subclass gives :meth:`attend` (fast), :meth:`advance` (one token at a time) and :meth:`log_kernel` (the truth), or
+    :meth:`reference` where the weights are not those of one kernel.
 
     Args:
         dim: width C of a token.
@@ -54,6 +55,9 @@ class Attention(nn.Module):
 
     positional = False
     """Whether the kernel depends on where tokens stand, not on their content alone."""
+
+    ordered = True
+    """Whether there is a causal form; otherwise ``is_causal`` and :meth:`step` are refused."""
 
     def __init__(
         self,
@@ -162,9 +166,11 @@ class Attention(nn.Module):
         """:meth:`attend` through the explicit N x N matrix: the truth that tests and reports compare with."""
         return softmax_over(self.log_kernel(q, k), attn_mask, is_causal) @ v
 
-    def target(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def target(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """Attention by the exact kernel that random features estimate; without such features, the reference."""
-        return softmax_over(self.log_target(q, k)) @ v
+        if not self.random:
+            return self.reference(q, k, v, is_causal=is_causal)
+        return softmax_over(self.log_target(q, k), None, is_causal) @ v
 
     def extra_repr(self) -> str:
         """Show the options in ``repr``."""

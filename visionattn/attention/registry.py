@@ -8,8 +8,10 @@ from visionattn.attention.ela_direction import ElaDirectionAttention
 from visionattn.attention.ela_hadamard import ElaHadamardAttention
 from visionattn.attention.ela_sum import ElaSumAttention
 from visionattn.attention.elu import EluAttention
+from visionattn.attention.focused import FocusedAttention
 from visionattn.attention.gka import GaussianKernelAttention
 from visionattn.attention.performer import PerformerAttention
+from visionattn.attention.polaformer import PolaformerAttention
 from visionattn.attention.relu import ReluAttention
 from visionattn.attention.slay import SlayAttention, SlayPaperAttention
 from visionattn.attention.softmax import SoftmaxAttention
@@ -41,4 +43,6 @@ ATTENTION: dict[str, type[Attention]] = _Mechanisms(
     slay_paper=SlayPaperAttention,
     gka=GaussianKernelAttention,
     dark=DarkAttention,
+    focused=FocusedAttention,
+    polaformer=PolaformerAttention,
 )

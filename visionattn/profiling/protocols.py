@@ -184,8 +184,7 @@ def output(layer: Attention, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def truth(layer: Attention, inputs: Inputs) -> Tensor:
     """Return the output of attention by the exact kernel that a mechanism has or estimates."""
-    logs = layer.log_target(inputs.q, inputs.k)
-    return weighted((logs - logs.amax(-1, keepdim=True)).exp(), inputs)
+    return inputs.project(layer.target(inputs.q, inputs.k, inputs.v, inputs.is_causal))
 
 
 def weighted(kernel: Tensor, inputs: Inputs) -> Tensor:

@@ -1,0 +1,96 @@
+"""What is particular to the linear attentions of vision transformers: their sources' formulas, and what cancels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn.attention import ATTENTION, Attention, attention_layer
+from visionattn.errors import ConfigError
+
+DIM, HEADS = 24, 3
+
+
+def make(name: str, **options: object) -> Attention:
+    torch.manual_seed(0)
+    attention = attention_layer(name, **options)(DIM, HEADS).double()
+    for key, parameter in attention.named_parameters():
+        if "." not in key:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return attention
+
+
+def qkv(tokens: int = 21) -> list[Tensor]:
+    return [torch.randn(2, HEADS, tokens, DIM // HEADS, dtype=torch.float64) for _ in range(3)]
+
+
+def joined(x: Tensor) -> Tensor:
+    """All heads of a token side by side, (B, N, C), as sources have them before heads are split."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def apart(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def test_focused_is_the_formula_of_its_source() -> None:
+    attention, (q, k, v) = make("focused", power=2.5), qkv()
+    features = []
+    for x in (q, k):
+        a = (F.relu(joined(x)) + 1e-6) / F.softplus(attention.scale.flatten())
+        sharp = a**2.5
+        features.append(apart(sharp / sharp.norm(dim=-1, keepdim=True) * a.norm(dim=-1, keepdim=True)))
+    weights = features[0] @ features[1].transpose(-2, -1)
+    truth = weights / weights.sum(-1, keepdim=True) @ v
+    torch.testing.assert_close(attention.attend(q, k, v, None, False), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_focused_refuses_powers_that_blunt() -> None:
+    with pytest.raises(ConfigError, match=r"power=0\.5; give at least 1"):
+        attention_layer("focused", power=0.5)(DIM, HEADS)
+
+
+@pytest.mark.parametrize("name", ["focused", "polaformer"])
+def test_the_length_of_a_query_cancels_and_that_of_a_key_does_not(name: str) -> None:
+    attention, (q, k, v) = make(name), qkv()
+    lengths = torch.rand(2, 1, 21, 1, dtype=torch.float64) + 0.5
+    out = attention.attend(q, k, v, None, False)
+    # Not to the last digit: the small constant of the ReLU stays as it is.
+    torch.testing.assert_close(attention.attend(q * lengths, k, v, None, False), out, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(attention.attend(q, k * lengths, v, None, False), out, rtol=1e-2, atol=1e-2)
+
+
+def test_polaformer_reads_values_by_two_kernels_that_the_sign_of_a_query_swaps() -> None:
+    attention, (q, k, v) = make("polaformer"), qkv()
+    twice = torch.cat((v[..., :4], v[..., :4]), -1)
+    same, opposite = attention.attend(q, k, twice, None, False).chunk(2, -1)
+    swapped_opposite, swapped_same = attention.attend(-q, k, twice, None, False).chunk(2, -1)
+    torch.testing.assert_close(swapped_same, same)
+    torch.testing.assert_close(swapped_opposite, opposite)
+    assert not torch.allclose(same, opposite)
+
+
+def test_polaformer_of_power_one_splits_the_product() -> None:
+    attention, (q, k, _) = make("polaformer"), qkv()
+    attention.scale.data.fill_(0.0)
+    attention.power.data.fill_(-1e3)
+    q, k = q * F.softplus(attention.scale), k * F.softplus(attention.scale)
+    ones = torch.eye(21, dtype=torch.float64).expand(2, HEADS, 21, 21)  # values that return the weights
+    same, opposite = (
+        attention.attend(q, k, torch.cat(values, -1), None, False)
+        for values in ((ones, torch.zeros_like(ones)), (torch.zeros_like(ones), ones))
+    )
+    s = F.softplus(attention.scale)
+    positive, negative = ((F.relu(sign * q / s) for sign in (1, -1)), (F.relu(sign * k / s) for sign in (1, -1)))
+    (q_plus, q_minus), (k_plus, k_minus) = positive, negative
+    mass_same = (q_plus * k_plus.sum(-2, keepdim=True) + q_minus * k_minus.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+    mass_other = (q_minus * k_plus.sum(-2, keepdim=True) + q_plus * k_minus.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+    difference = same[..., :21] * mass_same - opposite[..., 21:] * mass_other
+    torch.testing.assert_close(difference, q / s @ (k / s).transpose(-2, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_polaformer_takes_any_width_of_a_head() -> None:
+    attention = ATTENTION["polaformer"](9, 3).double()
+    q, k, v = (torch.randn(1, 3, 7, 3, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(attention.attend(q, k, v, None, False), attention.reference(q, k, v))
+    assert attention.feature_size() == 6
