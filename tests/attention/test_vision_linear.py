@@ -1,5 +1,7 @@
 """What is particular to the linear attentions of vision transformers: their sources' formulas, and what cancels."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,8 @@ def test_focused_refuses_powers_that_blunt() -> None:
 @pytest.mark.parametrize("name", ["focused", "polaformer"])
 def test_the_length_of_a_query_cancels_and_that_of_a_key_does_not(name: str) -> None:
     attention, (q, k, v) = make(name), qkv()
+    if name == "polaformer":
+        attention.power.data.fill_(0.4)  # channels of one power
     lengths = torch.rand(2, 1, 21, 1, dtype=torch.float64) + 0.5
     out = attention.attend(q, k, v, None, False)
     # Not to the last digit: the small constant of the ReLU stays as it is.
@@ -94,3 +98,46 @@ def test_polaformer_takes_any_width_of_a_head() -> None:
     q, k, v = (torch.randn(1, 3, 7, 3, dtype=torch.float64) for _ in range(3))
     torch.testing.assert_close(attention.attend(q, k, v, None, False), attention.reference(q, k, v))
     assert attention.feature_size() == 6
+
+
+def means(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean value, plain linear attention by ELU+1 and the mean of its kernel times D^(-1/2)."""
+    kernel = (F.elu(q) + 1) @ (F.elu(k) + 1).transpose(-2, -1)
+    linear = kernel / kernel.sum(-1, keepdim=True) @ v
+    return v.mean(-2, keepdim=True), linear, kernel.mean(-1, keepdim=True) * q.shape[-1] ** -0.5
+
+
+def test_mala_is_linear_attention_with_an_amplified_deviation() -> None:
+    attention, (q, k, v) = make("mala"), qkv()
+    mean, linear, z = means(q, k, v)
+    truth = mean + (1 + z) * (linear - mean)
+    torch.testing.assert_close(attention.attend(q, k, v, None, False), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_mala_attends_more_sharply_from_a_longer_query() -> None:
+    attention, (q, k, _) = make("mala"), qkv()
+    weights = torch.eye(21, dtype=torch.float64).expand(2, HEADS, 21, 21)
+    q = q.abs()
+    tops = [attention.attend(q * length, k, weights, None, False).amax(-1) for length in (0.5, 1.0, 2.0, 4.0)]
+    assert all((longer > shorter).all() for shorter, longer in pairwise(tops))
+
+
+def test_inline_does_not_see_what_all_keys_share() -> None:
+    attention, (q, k, v) = make("inline"), qkv()
+    shift = 5 * torch.randn(1, HEADS, 1, DIM // HEADS, dtype=torch.float64)
+    for causal in (False, True):
+        out = attention.attend(q, k, v, None, causal)
+        torch.testing.assert_close(attention.attend(q, k + shift, v, None, causal), out)
+
+
+@pytest.mark.parametrize("name", ["mala", "inline"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
+def test_values_far_from_zero_do_not_drown_their_differences(name: str, dtype: torch.dtype, scale: float) -> None:
+    """The mean is taken off before anything is multiplied: all the error is that of rounding the result."""
+    attention, (q, k, v) = make(name), qkv(300)
+    q, k, v = (x.to(dtype) for x in (scale * q, scale * k, v + 10))
+    q[..., 7, :] = 0
+    truth = attention.attend(q.double(), k.double(), v.double(), None, False)
+    out = attention.attend(q, k, v, None, False)
+    torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(truth.abs().max()))

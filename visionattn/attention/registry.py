@@ -10,6 +10,8 @@ from visionattn.attention.ela_sum import ElaSumAttention
 from visionattn.attention.elu import EluAttention
 from visionattn.attention.focused import FocusedAttention
 from visionattn.attention.gka import GaussianKernelAttention
+from visionattn.attention.inline import InlineAttention
+from visionattn.attention.mala import MalaAttention
 from visionattn.attention.performer import PerformerAttention
 from visionattn.attention.polaformer import PolaformerAttention
 from visionattn.attention.relu import ReluAttention
@@ -45,4 +47,6 @@ ATTENTION: dict[str, type[Attention]] = _Mechanisms(
     dark=DarkAttention,
     focused=FocusedAttention,
     polaformer=PolaformerAttention,
+    mala=MalaAttention,
+    inline=InlineAttention,
 )
