@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.attention import ATTENTION, Attention, attention_layer
-from visionattn.errors import ConfigError
+from visionattn.errors import ConfigError, UnsupportedError
 
 DIM, HEADS = 24, 3
 
@@ -141,3 +141,58 @@ def test_values_far_from_zero_do_not_drown_their_differences(name: str, dtype: t
     truth = attention.attend(q.double(), k.double(), v.double(), None, False)
     out = attention.attend(q, k, v, None, False)
     torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("grid", [(7, 11), (2, 3), (9, 9)])
+def test_agents_are_pooled_queries_of_the_grid(grid: tuple[int, int], prefix: int) -> None:
+    attention, (q, k, v) = make("agent", axes=2, agents=16), qkv(prefix + grid[0] * grid[1])
+    image = q[:, :, prefix:].transpose(-2, -1).unflatten(-1, grid).flatten(0, 1)
+    agents = F.adaptive_avg_pool2d(image, 4).flatten(-2).transpose(-2, -1).unflatten(0, q.shape[:2])
+    read, gather = (x @ y.transpose(-2, -1) / x.shape[-1] ** 0.5 for x, y in ((q, agents), (agents, k)))
+    truth = read.softmax(-1) @ (gather.softmax(-1) @ v)
+    torch.testing.assert_close(attention.attend(q, k, v, None, False, grid), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_agents_know_the_grid_and_refuse_one_that_is_too_large() -> None:
+    attention, (q, k, v) = make("agent", axes=2), qkv(144)
+    out = attention.attend(q, k, v, None, False, (12, 12))
+    assert not torch.allclose(attention.attend(q, k, v, None, False, (8, 18)), out)
+    with pytest.raises(UnsupportedError, match=r"144 tokens with grid=\(12, 13\)"):
+        attention.attend(q, k, v, None, False, (12, 13))
+    with pytest.raises(UnsupportedError, match="axes=2 needs grid"):
+        attention.attend(q, k, v, None, False)
+
+
+def test_padded_regions_have_no_agents() -> None:
+    """Two rows of regions of four are padding: the agents are those of the upper half alone."""
+    attention, (q, k, v) = make("agent", axes=2, agents=16), qkv(64)
+    keep = (torch.arange(64) < 32).view(1, 1, 1, 64)
+    q[:, :, 32:], k[:, :, 32:], v[:, :, 32:] = 1e3, 1e3, 1e3
+    agents = F.adaptive_avg_pool2d(q[:, :, :32].transpose(-2, -1).unflatten(-1, (4, 8)).flatten(0, 1), (2, 4))
+    agents = agents.flatten(-2).transpose(-2, -1).unflatten(0, q.shape[:2])
+    whole = q, k, v
+    q, k, v = (x[:, :, :32] for x in whole)
+    read, gather = (x @ y.transpose(-2, -1) / x.shape[-1] ** 0.5 for x, y in ((q, agents), (agents, k)))
+    out = attention.attend(*whole, keep, False, (8, 8))[:, :, :32]
+    torch.testing.assert_close(out, read.softmax(-1) @ (gather.softmax(-1) @ v), rtol=1e-10, atol=1e-10)
+
+
+def test_agents_do_not_see_what_all_keys_share() -> None:
+    attention, (q, k, v) = make("agent", agents=5), qkv()
+    shift = 5 * torch.randn(1, HEADS, 1, DIM // HEADS, dtype=torch.float64)
+    out = attention.attend(q, k, v, None, False)
+    torch.testing.assert_close(attention.attend(q, k + shift, v, None, False), out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": 3}, "axes=3; accepted: 1"),
+        ({"agents": 0}, "agents=0; give at least 1"),
+        ({"agents": 50, "axes": 2}, "give a square, such as 49"),
+    ],
+)
+def test_agent_refuses_bad_options(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attention_layer("agent", **options)(DIM, HEADS)

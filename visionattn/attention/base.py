@@ -149,12 +149,15 @@ class Attention(nn.Module):
             The token's output, (B, 1, dim), and the state for the next step.
 
         Raises:
-            UnsupportedError: ``x`` is not one token, or the module has a ``local`` convolution or ``center_keys``.
+            UnsupportedError: ``x`` is not one token, the module has a ``local`` convolution or ``center_keys``, or the
+                mechanism has no causal form.
         """
         if x.dim() != 3 or x.shape[1] != 1:
             raise UnsupportedError(f"step: got {tuple(x.shape)}; give one token, (B, 1, {self.dim}), after another")
         if self.local is not None or self.center_keys:
             raise UnsupportedError("step: local and center_keys see tokens to come; use local=0, center_keys=False")
+        if not self.ordered:
+            refuse_order()
         q, k, v = self.project(x)
         with _full_precision(x):
             mixed, state = self.advance(q, k, v, state)
@@ -255,6 +258,18 @@ class Attention(nn.Module):
 
     def _input_projection(self, bias: bool, factory: dict[str, Any]) -> nn.Module:
         return nn.Linear(self.dim, 3 * self.dim, bias=bias, **factory)
+
+
+def refuse_order() -> None:
+    """Refuse what a mechanism without a causal form is asked for.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "is_causal and step: this mechanism reads all tokens before it mixes any, so it has no causal form; "
+        "use is_causal=False, or a mechanism that docs/attention.md gives a state"
+    )
 
 
 def key_mask(attn_mask: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Attention mechanisms by name."""
 
+from visionattn.attention.agent import AgentAttention
 from visionattn.attention.base import Attention
 from visionattn.attention.cosformer import CosformerAttention
 from visionattn.attention.dark import DarkAttention
@@ -47,6 +48,7 @@ ATTENTION: dict[str, type[Attention]] = _Mechanisms(
     dark=DarkAttention,
     focused=FocusedAttention,
     polaformer=PolaformerAttention,
+    agent=AgentAttention,
     mala=MalaAttention,
     inline=InlineAttention,
 )
