@@ -196,3 +196,20 @@ def test_agents_do_not_see_what_all_keys_share() -> None:
 def test_agent_refuses_bad_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         attention_layer("agent", **options)(DIM, HEADS)
+
+
+def test_rala_is_the_formula_of_its_source() -> None:
+    attention, (q, k, v) = make("rala"), qkv()
+    q_features, k_features = (F.elu(x) + 1 for x in (q, k))
+    saliency = q_features.mean(-2, keepdim=True) @ k_features.transpose(-2, -1) * (DIM // HEADS) ** -0.5
+    weighted = 21 * saliency.softmax(-1).transpose(-2, -1) * k_features
+    truth = q_features @ (weighted.transpose(-2, -1) @ v) / (q_features @ weighted.sum(-2).unsqueeze(-1))
+    torch.testing.assert_close(attention.attend(q, k, v, None, False), truth, rtol=1e-10, atol=1e-10)
+
+
+def test_rala_of_one_dominating_key_is_finite_in_half_precision() -> None:
+    attention, (q, k, v) = make("rala"), qkv(3136)
+    q, k, v = (x.half() for x in (q, k, v))
+    k[:, :, 7] = 200.0
+    out = attention.attend(q, k, v, None, False)
+    torch.testing.assert_close(out, v[:, :, 7:8].expand_as(out), rtol=2e-3, atol=2e-3)

@@ -175,7 +175,7 @@ def test_operators_are_registered_soundly(name: str) -> None:
             )
 
 
-WITHOUT_KERNELS = {"uniform", "focused", "polaformer", "agent", "mala", "inline"}
+WITHOUT_KERNELS = {"uniform", "focused", "polaformer", "agent", "mala", "inline", "rala"}
 
 
 @pytest.mark.parametrize("name", [n for n, cls in ATTENTION.items() if issubclass(cls, LinearAttention)])

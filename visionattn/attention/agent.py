@@ -9,14 +9,12 @@ from torch import Tensor
 
 from visionattn.attention.base import key_mask, refuse_order
 from visionattn.attention.features import at_least_one
-from visionattn.attention.linear import PositiveAttention
+from visionattn.attention.linear import WholeAttention
 from visionattn.errors import ConfigError, UnsupportedError
-from visionattn.ops import agent, positive
-from visionattn.ops.fused import refuse
-from visionattn.ops.packing import Projection
+from visionattn.ops import agent
 
 
-class AgentAttention(PositiveAttention):
+class AgentAttention(WholeAttention):
     """Agents, mean queries of groups of tokens, gather the values; queries read the agents (arXiv 2312.08874); O(N n).
 
     n features; exact for its own weights, which are two softmaxes and their product. The source's biases, which fix the
@@ -34,8 +32,6 @@ class AgentAttention(PositiveAttention):
     """
 
     positional = True
-    ordered = False
-    packed = False
 
     def __init__(
         self, dim: int, num_heads: int = 8, *args: Any, agents: int = 49, axes: int = 1, **kwargs: Any
@@ -47,26 +43,10 @@ class AgentAttention(PositiveAttention):
         if axes == 2 and self.side**2 != agents:
             raise ConfigError(f"agent: agents={agents} with axes=2; give a square, such as {max(self.side, 1) ** 2}")
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        if is_causal:
-            refuse_order()
-        keep = key_mask(attn_mask)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            self.fuse(Projection(q, self.num_heads, k, v), keep)
-        a, b = agent.log_features(q, k, self.groups(q, keep, grid), keep)
-        return positive.linear(a, b, v, keep)
-
-    @torch.jit.unused
-    def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:
-        return refuse("there is none for agents")
+    def features(
+        self, q: Tensor, k: Tensor, keep: Tensor | None, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        return agent.log_features(q, k, self.groups(q, keep, grid), keep)
 
     def groups(self, q: Tensor, keep: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Return which tokens are in which group, broadcastable to (B, H, n, N)."""

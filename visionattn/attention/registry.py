@@ -15,6 +15,7 @@ from visionattn.attention.inline import InlineAttention
 from visionattn.attention.mala import MalaAttention
 from visionattn.attention.performer import PerformerAttention
 from visionattn.attention.polaformer import PolaformerAttention
+from visionattn.attention.rala import RalaAttention
 from visionattn.attention.relu import ReluAttention
 from visionattn.attention.slay import SlayAttention, SlayPaperAttention
 from visionattn.attention.softmax import SoftmaxAttention
@@ -51,4 +52,5 @@ ATTENTION: dict[str, type[Attention]] = _Mechanisms(
     agent=AgentAttention,
     mala=MalaAttention,
     inline=InlineAttention,
+    rala=RalaAttention,
 )
