@@ -31,11 +31,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 }
 SIGNED = {"slay-nystrom", "slay-maclaurin", "slay-tensorsketch"}
 """Their denominators may be negative: no hull, no bound on rounding."""
-UNBOUNDED = {"mala", "inline"}
-"""Their weights may be negative, though they sum to one: no hull, and outputs may be larger than values."""
+UNBOUNDED = {"mala", "inline", "ttt"}
+"""Their weights may be negative: no hull, and outputs may be larger than values."""
+UNWEIGHTED = {"ttt"}
+"""They are no weighted mean of the values."""
 BLIND = {"uniform"}
 """They do not read queries and keys."""
-OWN = {"dark": {"shift"}, "focused": {"scale"}, "polaformer": {"scale", "power"}}
+OWN = {"dark": {"shift"}, "focused": {"scale"}, "polaformer": {"scale", "power"}, "ttt": {"first", "second"}}
 """They have parameters that timm's attention has not."""
 COUPLED = {"focused"}
 """Their heads are not independent."""
@@ -235,6 +237,9 @@ def test_contract_constant_values_come_back(variant: str) -> None:
         pytest.skip("features are the values")
     q, k, _ = qkv(attention)
     v = torch.randn(1, HEADS, 1, DIM // HEADS, dtype=torch.float64).expand_as(q)
+    if variant in UNWEIGHTED:
+        assert not torch.allclose(attend(attention, q, k, v), v, rtol=0.1, atol=0.1)
+        return
     for causal in (False, True) if attention.ordered else (False,):
         torch.testing.assert_close(attend(attention, q, k, v, causal=causal), v)
 
@@ -256,6 +261,9 @@ def test_contract_output_lies_in_the_hull_of_the_values(variant: str, causal: bo
 def test_contract_one_token_gets_its_own_value(variant: str) -> None:
     attention = make(variant)
     q, k, v = qkv(attention, 1)
+    if variant in UNWEIGHTED:
+        assert not torch.allclose(attend(attention, q, k, v), v, rtol=0.1, atol=0.1)
+        return
     torch.testing.assert_close(attend(attention, q, k, v), v)
 
 
@@ -265,6 +273,9 @@ def test_contract_vanishing_queries_and_keys_give_the_mean(name: str) -> None:
         pytest.skip("places, or values, still differ")
     _, _, v = qkv(attention)
     nothing = torch.zeros_like(v)
+    if name in UNWEIGHTED:
+        assert not attend(attention, nothing, nothing, v).any()
+        return
     torch.testing.assert_close(attend(attention, nothing, nothing, v), v.mean(-2, keepdim=True).expand_as(v))
 
 

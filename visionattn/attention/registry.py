@@ -19,6 +19,7 @@ from visionattn.attention.rala import RalaAttention
 from visionattn.attention.relu import ReluAttention
 from visionattn.attention.slay import SlayAttention, SlayPaperAttention
 from visionattn.attention.softmax import SoftmaxAttention
+from visionattn.attention.ttt import TttAttention
 from visionattn.attention.uniform import UniformAttention
 from visionattn.attention.yat import YatAttention
 from visionattn.attention.yat_spherical import SphericalYatAttention
@@ -53,4 +54,5 @@ ATTENTION: dict[str, type[Attention]] = _Mechanisms(
     mala=MalaAttention,
     inline=InlineAttention,
     rala=RalaAttention,
+    ttt=TttAttention,
 )
