@@ -47,7 +47,8 @@ def check(name: str, dtype: torch.dtype, tokens: int, width: int, limit: float, 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_half_gradients_are_those_of_float64(name: str, dtype: torch.dtype, limit: float) -> None:
     check(name, dtype, 2049, 64, limit)
-    check(name, dtype, 257, 64, limit, causal=True)
+    if ATTENTION[name].ordered:
+        check(name, dtype, 257, 64, limit, causal=True)
 
 
 @pytest.mark.slow

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import visionattn
-from visionattn.attention import ATTENTION
 from visionattn.cli import COMMANDS, command_of
-from visionattn.commands import convert, profile
+from visionattn.commands import profile
 from visionattn.deployment.formats import FORMATS
 from visionattn.profiling.entrants import FORMS
 from visionattn.profiling.operations import MECHANISMS, TOKENS
@@ -73,7 +72,6 @@ def test_help_of_each_command_has_examples(name: str) -> None:
 def test_help_names_all_that_may_be_chosen() -> None:
     (formats,) = [str(param.help) for param in command_of("export").params if "--format" in param.opts]
     assert re.findall(r"[\w-]+", formats.replace(" or ", " ")) == list(FORMATS)
-    assert convert.ATTENTIONS_HELP.split(", ") == [name for name in ATTENTION if name != "gka"]
     assert profile.RUNTIMES_HELP.split(", ") == list(RUNTIMES)
     assert profile.FORMS_HELP.split(", ") == list(FORMS)
     assert profile.MECHANISMS_HELP.split(", ") == list(MECHANISMS)

@@ -13,7 +13,8 @@ from visionattn.attention import ATTENTION
 from visionattn.errors import UnsupportedError
 from visionattn.ops import switch
 
-POSITIVE = ["ela_hadamard", "elu", "relu", "performer", "dark", "slay"]
+CALIBRATED = ["calibrated performer", "calibrated dark"]
+POSITIVE = ["ela_hadamard", "elu", "relu", "performer", "dark", "slay", *CALIBRATED]
 MOMENTS = ["ela_sum", "ela_diff", "ela_direction"]
 
 
@@ -41,7 +42,8 @@ def graph_of(layer: torch.nn.Module, x: torch.Tensor) -> list[str]:
 @pytest.mark.parametrize("name", POSITIVE + MOMENTS)
 def test_the_graph_has_our_operator(name: str, path: switch.Path, grad: bool) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), switch.kernels(path):
-        layer = ATTENTION[name](192, 3, projections=False, device="cuda", dtype=torch.bfloat16)
+        options = {"calibrated": True} if name in CALIBRATED else {}
+        layer = ATTENTION[name.split()[-1]](192, 3, projections=False, device="cuda", dtype=torch.bfloat16, **options)
         x = torch.empty(2, 1025, 576, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
         operator = "visionattn.positive.default" if name in POSITIVE else "visionattn.moments.default"
         assert operator in graph_of(layer, x)

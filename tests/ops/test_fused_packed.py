@@ -10,12 +10,16 @@ from visionattn.attention import ATTENTION, Attention
 from visionattn.ops import switch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = ["ela_hadamard", "elu", "performer", "dark", "slay", "ela_sum", "ela_direction"]
+NAMES = ["ela_hadamard", "elu", "performer", "dark", "calibrated", "slay", "ela_sum", "ela_direction"]
 
 
 def made(name: str, width: int, **options: object) -> Attention:
     torch.manual_seed(0)
+    if name == "calibrated":
+        name, options = "performer", {"calibrated": True, **options}
     layer: Attention = ATTENTION[name](2 * width, 2, projections=False, **options).to(DEVICE)
+    if "calibrated" in options:
+        layer.log_weights.normal_()
     if name == "dark":
         torch.nn.init.normal_(layer.shift, std=0.1)
     return layer

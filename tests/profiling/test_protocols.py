@@ -39,6 +39,8 @@ def test_slay_from_its_kernel_is_its_fast_form(inputs: Inputs, poly: str) -> Non
 @pytest.mark.parametrize("name", [name for name, cls in ATTENTION.items() if not cls.random])
 def test_exact_mechanisms_have_no_error(inputs: Inputs, name: str) -> None:
     layer = build(name, {}, inputs, 0)
+    if inputs.is_causal and not layer.ordered:
+        pytest.skip("has no causal form")
     own = given(layer, inputs)
     error, cosine = deviation(output(layer, own), truth(layer, own))
     assert error < 1e-12

@@ -18,7 +18,8 @@ class Attention(nn.Module):
     Input and output are (B, N, dim). Parameters are named as timm names them (``qkv``, ``proj``, ``q_norm``,
     ``k_norm``, ``norm``), so a checkpoint of either loads into the other.
 
-    A subclass gives :meth:`attend` (fast), :meth:`advance` (one token at a time) and :meth:`log_kernel` (the truth).
+    A subclass gives :meth:`attend` (fast), :meth:`advance` (one token at a time) and :meth:`log_kernel` (the truth), or
+    :meth:`reference` where the weights are not those of one kernel.
 
     Args:
         dim: width C of a token.
@@ -54,6 +55,9 @@ class Attention(nn.Module):
 
     positional = False
     """Whether the kernel depends on where tokens stand, not on their content alone."""
+
+    ordered = True
+    """Whether there is a causal form; otherwise ``is_causal`` and :meth:`step` are refused."""
 
     def __init__(
         self,
@@ -145,12 +149,15 @@ class Attention(nn.Module):
             The token's output, (B, 1, dim), and the state for the next step.
 
         Raises:
-            UnsupportedError: ``x`` is not one token, or the module has a ``local`` convolution or ``center_keys``.
+            UnsupportedError: ``x`` is not one token, the module has a ``local`` convolution or ``center_keys``, or the
+                mechanism has no causal form.
         """
         if x.dim() != 3 or x.shape[1] != 1:
             raise UnsupportedError(f"step: got {tuple(x.shape)}; give one token, (B, 1, {self.dim}), after another")
         if self.local is not None or self.center_keys:
             raise UnsupportedError("step: local and center_keys see tokens to come; use local=0, center_keys=False")
+        if not self.ordered:
+            refuse_order()
         q, k, v = self.project(x)
         with _full_precision(x):
             mixed, state = self.advance(q, k, v, state)
@@ -162,9 +169,11 @@ class Attention(nn.Module):
         """:meth:`attend` through the explicit N x N matrix: the truth that tests and reports compare with."""
         return softmax_over(self.log_kernel(q, k), attn_mask, is_causal) @ v
 
-    def target(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def target(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """Attention by the exact kernel that random features estimate; without such features, the reference."""
-        return softmax_over(self.log_target(q, k)) @ v
+        if not self.random:
+            return self.reference(q, k, v, is_causal=is_causal)
+        return softmax_over(self.log_target(q, k), None, is_causal) @ v
 
     def extra_repr(self) -> str:
         """Show the options in ``repr``."""
@@ -249,6 +258,18 @@ class Attention(nn.Module):
 
     def _input_projection(self, bias: bool, factory: dict[str, Any]) -> nn.Module:
         return nn.Linear(self.dim, 3 * self.dim, bias=bias, **factory)
+
+
+def refuse_order() -> None:
+    """Refuse what a mechanism without a causal form is asked for.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "is_causal and step: this mechanism reads all tokens before it mixes any, so it has no causal form; "
+        "use is_causal=False, or a mechanism that docs/attention.md gives a state"
+    )
 
 
 def key_mask(attn_mask: Tensor | None) -> Tensor | None:

@@ -49,8 +49,8 @@ class DarkAttention(ExponentialFeatures):
         x = performer.scaled(x)
         return x + x @ self.shift.to(x.dtype).transpose(-2, -1)
 
-    def fused_map(self) -> FeatureMap | None:
-        return None if self.calibrated else softmax_features(self.draws, self.shift)
+    def fused_map(self) -> FeatureMap:
+        return softmax_features(self.draws, self.shift, self.log_weights)
 
     def log_target(self, q: Tensor, k: Tensor) -> Tensor:
         m = torch.eye(self.head_dim, dtype=q.dtype, device=q.device) + self.shift.to(q.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.base import Attention, key_mask
+from visionattn.attention.base import Attention, key_mask, refuse_order
 from visionattn.errors import UnsupportedError
 from visionattn.ops import distance, fused, positive, scan, signed
 from visionattn.ops.fused import FeatureMap
@@ -137,6 +137,36 @@ class PositiveAttention(LinearAttention):
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
         features = self.fused_map()
         return fused.attend_causally(q, k, v, self.log_features if features is None else features, keep)
+
+
+class WholeAttention(LinearAttention):
+    """Positive features that are known when all tokens are, given by :meth:`features`: there is no causal form."""
+
+    ordered = False
+    packed = False
+
+    def features(
+        self, q: Tensor, k: Tensor, keep: Tensor | None, grid: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of the features of queries and keys, both (B, H, N, head_dim) to (B, H, N, F)."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        if is_causal:
+            refuse_order()
+        keep = key_mask(attn_mask)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.fuse(Projection(q, self.num_heads, k, v), keep)
+        a, b = self.features(q, k, keep, grid)
+        return positive.linear(a, b, v, keep)
 
 
 class SignedAttention(LinearAttention):

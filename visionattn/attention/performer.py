@@ -41,7 +41,8 @@ class PerformerAttention(ExponentialFeatures):
         return performer.relu_log_features(x, self.draws)
 
     def fused_map(self) -> FeatureMap | None:
-        return softmax_features(self.draws) if self.feature_map == "exp" and not self.calibrated else None
+        exponential = self.feature_map == "exp"
+        return softmax_features(self.draws, log_weights=self.log_weights) if exponential else None
 
     def log_target(self, q: Tensor, k: Tensor) -> Tensor:
         return softmax.log_kernel(q, k) if self.random else self.log_kernel(q, k)

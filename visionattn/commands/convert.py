@@ -23,19 +23,13 @@ from visionattn.errors import ConfigError
 if TYPE_CHECKING:
     from visionattn.engine.convert import Plan
 
-ATTENTIONS_HELP = (
-    "softmax, uniform, relu, elu, cosformer, performer, ela_hadamard, ela_sum, ela_diff, ela_direction, yat, "
-    "yat_spherical, slay, slay_paper, dark"
-)
-"""For the help, which does not import them: those of the registry that have queries, so not gka."""
-
 app = typer.Typer(add_completion=False)
 
 
 @app.command(cls=Command, help=__doc__)
 def main(
     model: Annotated[str, typer.Option(help="a model of timm, or a .safetensors of ours, with softmax attention")],
-    to: Annotated[str, typer.Option(help=ATTENTIONS_HELP)],
+    to: Annotated[str, typer.Option(help="an attention such as ela_hadamard; a wrong name lists them all")],
     images: Annotated[str, typer.Option(help="a folder, a data set, an embedded set, or FILE.parquet or a pattern")],
     output: Annotated[Path, typer.Option(help="file to write, .safetensors")],
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the attention; repeatable")] = None,

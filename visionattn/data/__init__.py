@@ -15,7 +15,7 @@ from visionattn.data.detection import (
 from visionattn.data.embedded import EMBEDDED, embedded_path
 from visionattn.data.files import IMAGE_SUFFIXES
 from visionattn.data.labels import label_path
-from visionattn.data.unlabelled import Unlabelled, unlabelled_images
+from visionattn.data.unlabelled import Unlabelled, parquet_reader, unlabelled_images
 from visionattn.pictures import load_image
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_classification_data",
     "load_detection_data",
     "load_image",
+    "parquet_reader",
     "unlabelled_images",
     "variants",
     "write_coco",

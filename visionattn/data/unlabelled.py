@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,11 +67,21 @@ def unlabelled_images(source: str) -> list[Path] | list[bytes]:
     return found
 
 
-def _of_parquet(source: str) -> list[bytes]:
+def parquet_reader(source: str) -> Any:
+    """Return the module that reads parquet files; ``source`` is what is read, for the error.
+
+    Raises:
+        DataError: pyarrow is not installed.
+    """
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{source}: parquet files need pyarrow; pip install pyarrow, or give a folder") from error
+        raise DataError(f"{source}: parquet files need pyarrow; pip install pyarrow") from error
+    return parquet
+
+
+def _of_parquet(source: str) -> list[bytes]:
+    parquet = parquet_reader(source)
     files = sorted(Path(source).parent.glob(Path(source).name))
     try:
         cells = [cell for file in files for cell in parquet.read_table(file, columns=["image"])["image"].to_pylist()]

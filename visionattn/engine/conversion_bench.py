@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from visionattn.data import parquet_reader
 from visionattn.engine import img_focus
 from visionattn.engine.probes import Distance, RidgeHead, collect, nearest_neighbours, overlap, pooled
 from visionattn.errors import DataError
@@ -39,13 +40,16 @@ class Split:
 
     @classmethod
     def read(cls, folder: Path | None, split: str, count: int) -> "Split":
-        """Read the files of a split; of fewer images, every n-th."""
-        import pyarrow.parquet as parquet
+        """Read the files of a split; of fewer images, every n-th.
 
+        Raises:
+            DataError: there are none, or pyarrow, which reads them, is not installed.
+        """
         place = folder or Path(os.environ.get("VISIONATTN_DATA", "")) / "imagenette_128"
         files = sorted(place.glob(f"{split}*.parquet"))
         if not files:
             raise DataError(f"no {split}*.parquet in {place}; give --data, or set VISIONATTN_DATA")
+        parquet = parquet_reader(f"{split}*.parquet")
         rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
         rows = [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)] if count else rows
 

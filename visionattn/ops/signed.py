@@ -42,16 +42,38 @@ class Partial(NamedTuple):
     origin: Tensor
 
 
+class Deviation(NamedTuple):
+    """What queries get of the tokens: ``mean`` (B, H, 1 or N, E) of the values, and what the kernel does about it.
+
+    ``correction`` (B, H, N, E): mean over the keys of the kernel times the value less that mean; ``mass`` (B, H, N, 1):
+    mean of the kernel; ``size`` (B, H, N, 1): mean of the absolute values of its terms.
+    """
+
+    mean: Tensor
+    correction: Tensor
+    mass: Tensor
+    size: Tensor
+
+
 def linear(phi: Tensor, psi: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
     """Attend over all tokens in O(N F E) time."""
+    found = deviation(phi, psi, v, keep)
+    return (found.mean + found.correction / guard(found.mass, found.size)).to(v.dtype)
+
+
+def deviation(phi: Tensor, psi: Tensor, v: Tensor, keep: Tensor | None) -> Deviation:
+    """Return what queries get of all tokens."""
     phi, psi, wide = widen(phi), outcast(widen(psi), keep), outcast(widen(v), keep)
-    tokens = v.shape[-2]
-    count = torch.full_like(wide[..., :1, :1], tokens) if keep is None else keep.sum(-2, keepdim=True).to(wide.dtype)
-    mean = wide.sum(-2, keepdim=True) / count.clamp(min=1.0)
-    values = (psi / tokens).transpose(-2, -1) @ (wide - mean)
-    mass = phi @ psi.mean(-2).unsqueeze(-1)
-    size = phi.abs() @ psi.abs().mean(-2).unsqueeze(-1)
-    return (mean + phi @ values / guard(mass, size)).to(v.dtype)
+    count = torch.full_like(wide[..., :1, :1], v.shape[-2]) if keep is None else keep.sum(-2, keepdim=True)
+    count = count.clamp(min=1).to(wide.dtype)
+    mean = wide.sum(-2, keepdim=True) / count
+    share = psi / count
+    return Deviation(
+        mean,
+        phi @ (share.transpose(-2, -1) @ (wide - mean)),
+        phi @ share.sum(-2).unsqueeze(-1),
+        phi.abs() @ share.abs().sum(-2).unsqueeze(-1),
+    )
 
 
 def guard(mass: Tensor, size: Tensor) -> Tensor:
@@ -115,9 +137,16 @@ def combine(first: Partial, second: Partial) -> Partial:
 
 def finish(partial: Partial) -> Tensor:
     """Normalise, as a correction of the mean value; nothing attended to gives zeros."""
-    offset = partial.offset / partial.tokens.clamp(min=1.0)
-    correction = (partial.values - partial.mass * offset) / guard(partial.mass, partial.size)
-    return (partial.origin + offset + correction) * (partial.tokens > 0)
+    found = deviation_of(partial)
+    return (found.mean + found.correction / guard(found.mass, found.size)) * (partial.tokens > 0)
+
+
+def deviation_of(partial: Partial) -> Deviation:
+    """Return what queries got of the tokens."""
+    tokens = partial.tokens.clamp(min=1.0)
+    offset = partial.offset / tokens
+    correction = (partial.values - partial.mass * offset) / tokens
+    return Deviation(partial.origin + offset, correction, partial.mass / tokens, partial.size / tokens)
 
 
 def _joined(first: Any, second: Any) -> Iterator[Tensor]:

@@ -156,7 +156,9 @@ def slay_entries(epsilon: float) -> list[Entry]:
 
 
 def table(protocol: Protocol, targets: Sequence[Entry], entries: Sequence[Entry], seeds: int) -> Table:
-    """Compare mechanisms with targets, over seeds."""
+    """Compare mechanisms with targets, over seeds; under a causal protocol, those with a causal form."""
+    first = protocol.sample(0)
+    entries = [entry for entry in entries if not first.is_causal or build(*entry, first, 0).ordered]
     names = [describe(*target) for target in targets]
     found: list[dict[str, list[tuple[float, float]]]] = [{name: [] for name in names} for _ in entries]
     sizes: list[int | None] = [None] * len(entries)

@@ -157,12 +157,13 @@ def build(mechanism: str, options: Options, inputs: Inputs, seed: int) -> Attent
         mechanism: in :data:`~visionattn.attention.ATTENTION`, or ``x^2``.
         options: of its constructor.
         inputs: that it is to be given, of whose width and type it is made.
-        seed: of its draws.
+        seed: of its draws, and of parameters that start at random.
     """
     _, heads, _, dim = inputs.q.shape
     cls = SQUARE if mechanism == "x^2" else ATTENTION[mechanism]
     drawn: dict[str, Any] = {"seed": seed} if issubclass(cls, RandomFeatures) else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
         warnings.simplefilter("ignore", UserWarning)  # signed features are measured here, not used
         layer = cls(heads * dim, heads, projections=False, **(drawn | options))
     return layer.to(inputs.q.dtype).eval()
@@ -184,8 +185,7 @@ def output(layer: Attention, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def truth(layer: Attention, inputs: Inputs) -> Tensor:
     """Return the output of attention by the exact kernel that a mechanism has or estimates."""
-    logs = layer.log_target(inputs.q, inputs.k)
-    return weighted((logs - logs.amax(-1, keepdim=True)).exp(), inputs)
+    return inputs.project(layer.target(inputs.q, inputs.k, inputs.v, inputs.is_causal))
 
 
 def weighted(kernel: Tensor, inputs: Inputs) -> Tensor:

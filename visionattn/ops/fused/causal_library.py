@@ -44,9 +44,10 @@ def attend_causal(
     kind = "exp"
     if isinstance(features, FeatureMap) and features.draws is None and (keep is None or features.kind != "relu"):
         kind = features.kind  # relu gives no number a feature of zero, which a key that is masked shall have
+    elif isinstance(features, FeatureMap):
+        q, k = features.logs(q), features.key_logs(k)
     else:
-        logs = features.logs if isinstance(features, FeatureMap) else features
-        q, k = logs(q), logs(k)
+        q, k = features(q), features(k)
     if keep is not None:
         k, v = outcast(k, keep, float("-inf")), outcast(v, keep)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -158,6 +158,9 @@ def _map_refusal(inputs: Projection, features: FeatureMap | None) -> str | None:
         return "there is none for this mechanism and its options"
     if features.draws is None:
         return None
+    constants = features.draws, features.bank, features.log_weights
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in constants):
+        return "its draws, anchors or weights want a gradient, and kernels give none"
     count = features.features(inputs.shapes()[0][-1])
     if count > MAX_FEATURES:
         return f"it has {count} features a head, and kernels take {MAX_FEATURES}"

@@ -129,14 +129,15 @@ def _sizes(
     inputs: Projection, keep: Tensor | None, features: FeatureMap, save: bool, *others: Memory
 ) -> tuple[Sizes, tuple[Memory, Memory, Memory]]:
     """Return the sizes of a call, and queries, keys and values; ``others`` is further memory of any strides."""
-    kind, draws, bank, shift, gains, priors, square = features
+    kind, *tensors, gains, priors, square = features
+    draws, bank, shift, _ = tensors
     q, k, v = parts = parts_of(inputs)
     return Sizes(
         q.shape,
         v.shape[-1],
         (q.stride(), k.stride(), v.stride(), mask_strides(keep), *[x.stride() for x in others]),
-        (q.dtype, v.dtype, inputs.x.device.index, *[None if x is None else x.dtype for x in (draws, bank, shift)]),
-        aligned(q, k, v, keep, draws, bank, shift, *others),
+        (q.dtype, v.dtype, inputs.x.device.index, *[None if x is None else x.dtype for x in tensors]),
+        aligned(q, k, v, keep, *tensors, *others),
         kind,
         () if draws is None else draws.shape,
         1 if bank is None else len(bank),
@@ -271,14 +272,15 @@ class _Attend(torch.autograd.Function):
         features: FeatureMap,
     ) -> Tensor:
         o, state = _launch_forward(Projection(x, heads, k, v), keep, features, True)
-        ctx.save_for_backward(x, k, v, shift, keep, features.draws, features.bank, _needed(o, features), state)
-        ctx.heads, ctx.features = heads, features._replace(draws=None, bank=None, shift=None)
+        constants = features.draws, features.bank, features.log_weights
+        ctx.save_for_backward(x, k, v, shift, keep, *constants, _needed(o, features), state)
+        ctx.heads, ctx.features = heads, features._replace(draws=None, bank=None, shift=None, log_weights=None)
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        x, k, v, shift, keep, draws, bank, o, state = ctx.saved_tensors
-        features = ctx.features._replace(draws=draws, bank=bank, shift=shift)
+        x, k, v, shift, keep, draws, bank, log_weights, o, state = ctx.saved_tensors
+        features = ctx.features._replace(draws=draws, bank=bank, shift=shift, log_weights=log_weights)
         return *_gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state), None, None, None
 
 
@@ -309,7 +311,7 @@ def _eager_gradients(inputs: Projection, keep: Tensor | None, features: FeatureM
     mask = None if keep is None else keep.unsqueeze(-1).bool()
     with no_autocast(do):
         q, keys, values = Projection(x, heads, k, v).parts()
-        o = positive.linear(features.logs(q), features.logs(keys), values, mask)
+        o = positive.linear(features.logs(q), features.key_logs(keys), values, mask)
         if k is None:
             o = o.transpose(1, 2).flatten(2)
         return differentiable_gradients(o, [x, k, v, features.shift], do)
@@ -330,8 +332,8 @@ def _operate(
 
 def _map(values: Sequence[Any]) -> FeatureMap:
     """Return a map from an operator's arguments."""
-    kind, draws, bank, shift, gains, priors, square = values
-    return FeatureMap(kind, draws, bank, shift, tuple(gains), tuple(priors), square)
+    kind, draws, bank, shift, log_weights, gains, priors, square = values
+    return FeatureMap(kind, draws, bank, shift, log_weights, tuple(gains), tuple(priors), square)
 
 
 def _forward_shapes(
@@ -365,23 +367,26 @@ def _backward_shapes(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, k, v, ctx.heads, keep, ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square, _ = inputs
+    x, k, v, ctx.heads, keep, ctx.kind, *tensors, ctx.gains, ctx.priors, ctx.square, _ = inputs
     o, state = output
-    ctx.save_for_backward(x, k, v, keep, draws, bank, shift, None if draws is None else o, state)
+    ctx.save_for_backward(x, k, v, keep, *tensors, None if tensors[0] is None else o, state)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, do: Tensor | None, _: Any) -> tuple[Any, ...]:
     if do is None:
-        return (None,) * 13
-    x, k, v, keep, draws, bank, shift, o, state = ctx.saved_tensors
-    features = _map((ctx.kind, draws, bank, shift, ctx.gains, ctx.priors, ctx.square))
+        return (None,) * 14
+    x, k, v, keep, *tensors, o, state = ctx.saved_tensors
+    features = _map((ctx.kind, *tensors, ctx.gains, ctx.priors, ctx.square))
     dx, dk, dv, dshift = _gradients(Projection(x, ctx.heads, k, v), keep, features, o, do, state)
-    return dx, dk, dv, None, None, None, None, None, dshift, None, None, None, None
+    return dx, dk, dv, None, None, None, None, None, dshift, None, None, None, None, None
 
 
 INPUTS = "Tensor x, Tensor? k, Tensor? v, int heads, Tensor? keep"
-MAP = "str kind, Tensor? draws, Tensor? bank, Tensor? shift, float[] gains, float[] priors, float square"
+MAP = (
+    "str kind, Tensor? draws, Tensor? bank, Tensor? shift, Tensor? log_weights, "
+    "float[] gains, float[] priors, float square"
+)
 
 _forward = operator(
     f"positive({INPUTS}, {MAP}, bool save) -> (Tensor, Tensor)",

@@ -19,6 +19,7 @@ class FeatureMap(NamedTuple):
         draws: w, (R, H, M, D), for each of R nodes.
         bank: a, (P, D); F = R P M.
         shift: M - I of a matrix M a head that x is multiplied by first, (H, D, D); of ``random`` only.
+        log_weights: added to the logarithms of the features of keys, (H, F); of ``random`` only. It has no gradient.
         gains: g of each node.
         priors: ``log c`` of each node.
         square: s.
@@ -28,6 +29,7 @@ class FeatureMap(NamedTuple):
     draws: Tensor | None = None
     bank: Tensor | None = None
     shift: Tensor | None = None
+    log_weights: Tensor | None = None
     gains: tuple[float, ...] = (1.0,)
     priors: tuple[float, ...] = (0.0,)
     square: float = 0.0
@@ -45,7 +47,7 @@ class FeatureMap(NamedTuple):
         return x if self.shift is None else x + x @ self.shift.to(x.dtype).transpose(-2, -1)
 
     def logs(self, x: Tensor) -> Tensor:
-        """Return the natural logarithms of the features, (B, H, N, D) to (B, H, N, F), in float32 at least."""
+        """Return the natural logarithms of features of queries, (B, H, N, D) to (B, H, N, F), in float32 at least."""
         if self.kind == "exp":
             return widen(x)
         if self.kind == "elu":
@@ -65,11 +67,20 @@ class FeatureMap(NamedTuple):
         ]
         return slay.log_product(slay.anchor_log_features(u, self.bank), torch.stack(logs, -2))
 
+    def key_logs(self, x: Tensor) -> Tensor:
+        """Return the logarithms of features of keys: those of queries, and the weights that there may be."""
+        logs = self.logs(x)
+        return logs if self.log_weights is None else logs + self.log_weights.to(logs.dtype).unsqueeze(-2)
 
-def softmax_features(draws: Tensor, shift: Tensor | None = None) -> FeatureMap:
-    """Return Performer's map for draws (H, F, D), or DARKFormer's with the shift M - I of its matrix, (H, D, D)."""
+
+def softmax_features(draws: Tensor, shift: Tensor | None = None, log_weights: Tensor | None = None) -> FeatureMap:
+    """Return Performer's map for draws (H, F, D), or DARKFormer's with the shift M - I of its matrix, (H, D, D).
+
+    Draws that are no sample of N(0, I) have the logarithms of their weights, (H, 1, F), added to those of keys.
+    """
     scale = draws.shape[-1] ** -0.25
-    return FeatureMap("random", draws.unsqueeze(0), shift=shift, gains=(scale,), square=scale * scale / 2)
+    weights = None if log_weights is None else log_weights.squeeze(1)
+    return FeatureMap("random", draws.unsqueeze(0), None, shift, weights, (scale,), square=scale * scale / 2)
 
 
 def yat_features(draws: Tensor, bank: Tensor, scales: list[float], weights: list[float]) -> FeatureMap:

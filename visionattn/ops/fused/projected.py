@@ -326,11 +326,12 @@ def _join(parts, tips, head, first, fillers, chunks, F: tl.constexpr, E: tl.cons
 
 
 @triton.jit
-def _keep(slots_out, stats, count, head, first, top, mass, slots, prior, FEATURES: tl.constexpr, F: tl.constexpr,
-          E: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """Store a unit's state: the slots, the maximum of z, the mass above it, and its logarithm, the prior included.
+def _keep(slots_out, stats, weights_in, count, h, head, first, top, mass, slots, prior, FEATURES: tl.constexpr,
+          F: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Store a unit's state: the slots, the maximum of z, the mass above it, and the level, its logarithm for queries.
 
-    A head whose keys are all masked has no mass: its slots are zeros.
+    Prior and weight of a feature are in the level alone: they are the same for all keys. A head whose keys are all
+    masked has no mass: its slots are zeros.
     """
     f, e = first + tl.arange(0, UNIT), tl.arange(0, E)
     mass = tl.where(mass > 0, mass, 1.0)
@@ -338,7 +339,10 @@ def _keep(slots_out, stats, count, head, first, top, mass, slots, prior, FEATURE
     tl.store(slots_out + (head.to(tl.int64) * F + f[:, None]) * E + e[None, :], slots)
     tl.store(stats + head * F + f, top)
     tl.store(stats + (count + head) * F + f, mass)
-    tl.store(stats + (2 * count + head) * F + f, tl.where(f < FEATURES, top + tl.log2(mass) + prior, NEVER))
+    level = top + tl.log2(mass) + prior
+    if weights_in is not None:
+        level += LOG2E * tl.load(weights_in + h * FEATURES + f, mask=f < FEATURES, other=0.0).to(tl.float32)
+    tl.store(stats + (2 * count + head) * F + f, tl.where(f < FEATURES, level, NEVER))
 
 
 @triton.jit
@@ -399,7 +403,7 @@ def _answer_block(
 
 @triton.jit
 def _gather(
-    item, k, v, keep, draws_in, bank_in, shift_in, slots_out, stats, parts, tips, flags,
+    item, k, v, keep, draws_in, bank_in, shift_in, weights_in, slots_out, stats, parts, tips, flags,
     gains, priors, square, draws_each, banks, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
     heads, tokens, count, chunks,
     FEATURES: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
@@ -435,7 +439,7 @@ def _gather(
             k, v, keep, edge, stop, skn, skd, svn, svd, smn, top, mass, slots, draws, bank, spread, warp, warp_low,
             gain, square, WIDTH, VALUE_WIDTH, D, E, BLOCK, MAP, WARPED, MASKED, P, True)  # fmt: skip
     if ALONE:
-        _keep(slots_out, stats, count, head, first, top, mass, slots, prior, FEATURES, F, E, UNIT)
+        _keep(slots_out, stats, weights_in, count, h, head, first, top, mass, slots, prior, FEATURES, F, E, UNIT)
         arrive(flags + head)
     else:
         f, e = first + tl.arange(0, UNIT), tl.arange(0, E)
@@ -446,7 +450,7 @@ def _gather(
         tl.store(parts + (at.to(tl.int64) * F + f[:, None]) * E + e[None, :], mean)
         if _last_of_chunks(flags + 3 * count + head * units + first // UNIT, chunks):
             top, mass, slots = _join(parts, tips, head, first, count * chunks, chunks, F, E, UNIT)
-            _keep(slots_out, stats, count, head, first, top, mass, slots, prior, FEATURES, F, E, UNIT)
+            _keep(slots_out, stats, weights_in, count, h, head, first, top, mass, slots, prior, FEATURES, F, E, UNIT)
             arrive(flags + head)
 
 
@@ -481,7 +485,7 @@ def _answer(
 
 @triton.jit(do_not_specialize=["tokens", "count", "chunks", "readers"])
 def forward(
-    q, k, v, keep, draws_in, bank_in, shift_in, o, slots_out, stats, parts, tips, flags,
+    q, k, v, keep, draws_in, bank_in, shift_in, weights_in, o, slots_out, stats, parts, tips, flags,
     gains, priors, square, draws_each, banks,
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn, sob, soh, son,
     heads, tokens, count, chunks, readers,
@@ -496,7 +500,7 @@ def forward(
     fillers = count * (F // UNIT) * chunks
     if item < fillers:
         _gather(
-            item, k, v, keep, draws_in, bank_in, shift_in, slots_out, stats, parts, tips, flags,
+            item, k, v, keep, draws_in, bank_in, shift_in, weights_in, slots_out, stats, parts, tips, flags,
             gains, priors, square, draws_each, banks, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
             heads, tokens, count, chunks, FEATURES, WIDTH, VALUE_WIDTH, F, D, E, BANKS, BLOCK, UNIT, STAGES,
             MAP, WARPED, MASKED, ALONE, P)  # fmt: skip

@@ -114,8 +114,8 @@ def launch_forward(
         if not plan.whole:
             pieces = heads * plan.chunks
             sums, tips = carve(x, (sizes.types[1], pieces * F * E), (torch.float32, 2 * pieces * F))
-        launch(*parts, keep, features.draws, features.bank, features.shift, o, state, _statistics(state, heads, F, E),
-               sums, tips, _flags(x, heads, F // plan.unit))  # fmt: skip
+        launch(*parts, keep, features.draws, features.bank, features.shift, features.log_weights, o, state,
+               _statistics(state, heads, F, E), sums, tips, _flags(x, heads, F // plan.unit))  # fmt: skip
     return o, state
 
 
