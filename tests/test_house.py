@@ -83,6 +83,7 @@ from timm.models.vision_transformer import ATTN_LAYERS
 assert "ela_hadamard" in ATTN_LAYERS
 late = ("ultralytics", "supervision", "cv2", "visionattn.detection", "visionattn.engine", "visionattn.deployment")
 assert not set(late) & set(sys.modules)
+assert visionattn.conversion.refit
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

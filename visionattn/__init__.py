@@ -59,8 +59,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "backbones":
-        return importlib.import_module("visionattn.backbones")
+    if name in ("backbones", "conversion"):
+        return importlib.import_module(f"visionattn.{name}")
     for home, names in _HOMES.items():
         if name in names:
             globals()[name] = getattr(importlib.import_module(home), name)
