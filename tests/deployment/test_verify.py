@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.deployment.conftest import SIZE, pictures, raw_truth
+from visionattn.choices import NMS
 from visionattn.deployment.export import export
 from visionattn.deployment.formats import FORMATS
 from visionattn.deployment.info import ModelInfo
@@ -17,7 +18,6 @@ from visionattn.deployment.network import Request
 from visionattn.deployment.parity import TOLERANCE, Error, Parity, errors_of
 from visionattn.deployment.session import Session
 from visionattn.deployment.verify import compare, half_range, photographs, trials_of
-from visionattn.detection import NMS
 from visionattn.errors import ExportError, ParityError
 
 
