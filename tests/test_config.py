@@ -4,8 +4,8 @@ import pytest
 
 from visionattn.config import ClassifyConfig, DetectConfig, load_config
 from visionattn.errors import ConfigError
+from visionattn.packaged import packaged
 
-ROOT = Path(__file__).parents[1]
 DETECT = "task: detect\nmodel: yolo-lat-n\ndata: digits-scenes\n"
 CLASSIFY = "task: classify\nmodel: vit_tiny_patch16_224\ndata: digits\n"
 
@@ -75,9 +75,9 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load_config(write(tmp_path, DETECT), ["data=${SETS}/a/data.yaml"]).data == "/sets/a/data.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", packaged("configs").values(), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_receipts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISIONATTN_DATA", "/sets")
     load_config(path)
     header = path.read_text().split("task:")[0]
-    assert "python tools/train.py" in header, "a config says how it is run"
+    assert f"visionattn train --config {path.parent.name}/{path.stem}" in header, "a config says how it is run"

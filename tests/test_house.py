@@ -1,9 +1,11 @@
 """The house stands: imports point down, Ultralytics has one room, and importing is silent."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -11,21 +13,25 @@ import visionattn
 
 ROOT = Path(visionattn.__file__).parent
 FLOORS = [
-    {"config", "errors", "pictures", "record"},
+    {"choices", "cli", "config", "errors", "packaged", "pictures", "record"},
     {"ops"},
     {"attention"},
     {"blocks"},
     {"conversion"},
     {"backbones", "detection", "data"},
-    {"engine", "export", "profiling", "video"},
-    {"cli"},
+    {"engine", "deployment", "profiling", "video"},
+    {"model", "verbs"},
+    {"commands"},
+    {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SHARED = {
-    ("engine", "export"),
-    ("video", "export"),
-    ("profiling", "export"),
+    ("engine", "deployment"),
+    ("video", "deployment"),
+    ("profiling", "deployment"),
+    ("cli", "errors"),
     ("config", "errors"),
+    ("config", "packaged"),
     ("pictures", "errors"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -71,6 +77,30 @@ def test_the_rule_sees_a_wrong_import(tmp_path: Path) -> None:
 
 
 def test_importing_is_silent_and_spares_ultralytics() -> None:
-    code = "import sys, visionattn; assert 'ultralytics' not in sys.modules"
+    code = """
+import sys, visionattn
+from timm.models.vision_transformer import ATTN_LAYERS
+assert "ela_hadamard" in ATTN_LAYERS
+late = ("ultralytics", "supervision", "cv2", "visionattn.detection", "visionattn.engine", "visionattn.deployment")
+assert not set(late) & set(sys.modules)
+assert visionattn.conversion.refit
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names_are_what_their_homes_hold() -> None:
+    listed = {name: home for home, names in visionattn._HOMES.items() for name in names}
+    assert set(visionattn.__all__) == {*listed, "backbones", "__version__"}
+    for name, home in listed.items():
+        assert getattr(visionattn, name) is getattr(importlib.import_module(home), name)
+    assert set(visionattn.__all__) <= set(dir(visionattn))
+    with pytest.raises(AttributeError, match="no attribute 'evaluation'"):
+        _ = visionattn.evaluation
+
+
+def test_verbs_survive_the_import_of_every_room() -> None:
+    for path in MODULES:
+        if path.name == "__init__.py":
+            importlib.import_module(".".join(path.parent.relative_to(ROOT.parent).parts))
+    assert [name for name in visionattn.__all__ if isinstance(getattr(visionattn, name), ModuleType)] == ["backbones"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from visionattn.detection import WEIGHTS, load_detector
+from visionattn.packaged import find_packaged
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -143,7 +144,7 @@ def test_kills() -> None:
     "path", sorted(set(re.findall(r"(?:configs|tools|docs|datasets|results)/[\w./-]+\.\w+", README)))
 )
 def test_files_named_exist(path: str) -> None:
-    assert (ROOT / path).is_file()
+    assert (find_packaged("configs", path) or ROOT / path).is_file()
 
 
 SETS = {"aquarium": "aquarium_416", "bccd": "bccd"}
@@ -157,7 +158,7 @@ def test_shipped_weights_are_those_that_were_scored(name: str) -> None:
     assert hashlib.sha256(content).hexdigest() == report["sha256"]
     assert len(content) < 5e6
     assert set(load_detector(WEIGHTS[name]).names.values()) == set(report["scores"]["per_class"])
-    card = (ROOT / "weights" / "README.md").read_text()
+    card = (ROOT / "visionattn" / "weights" / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith(f"| `{name}.pt` |"))
     assert f"AP {report['scores']['ap']:.3f}, AP50 {report['scores']['ap50']:.3f} |" in row
     assert not [mark for mark in (b"/tmp", b"/root", b"/home", b"/work") if mark in content], "where it was trained"

@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 
-from visionattn.cli import check_output, publish, run
+from visionattn.cli import run
+from visionattn.commands.reports import check_output, publish
 from visionattn.config import DetectConfig, load_config
 from visionattn.detection import ablated, narrow_control
 from visionattn.engine.benchmark import (

@@ -1,56 +1,7 @@
-"""Find objects in pictures, a video or a camera's stream, or classify them, and write them with the result drawn in.
+"""Find objects in pictures, videos and streams, or classify them: the same as ``visionattn predict``."""
 
-python tools/predict.py --source clip.mp4
-python tools/predict.py --weights runs/detect/digits/weights/best.pt --source 0 --show
-"""
-
-from itertools import chain, count
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from visionattn.cli import IMGSZ_HELP, PROVIDER_HELP, THREADS_HELP, run, size_of
-from visionattn.export import load_runner
-from visionattn.video import open_source, predict
-
-app = typer.Typer(add_completion=False)
-
-
-@app.command(help=__doc__)
-def main(
-    source: Annotated[str, typer.Option(help="picture, folder, video or gif, camera such as 0, or embedded set")],
-    weights: Annotated[
-        str, typer.Option(help="a .pt detector, a .safetensors classifier, an exported file, or a name of weights/")
-    ] = "yolo-lat-n-aquarium",
-    output: Annotated[
-        Path | None, typer.Option(help="folder to write into; a new one in runs/predict if left out")
-    ] = None,
-    show: Annotated[bool, typer.Option("--show", help="also show it in a window; q or Esc ends")] = False,
-    conf: Annotated[float, typer.Option(help="boxes of a lower score are left out")] = 0.25,
-    imgsz: Annotated[str, typer.Option(help=IMGSZ_HELP)] = "",
-    device: Annotated[str, typer.Option(help="cpu, 0, ...; the best there is if left out")] = "",
-    trust_weights: Annotated[
-        bool, typer.Option("--trust-weights", help="load a file that may run any code; for files of your own")
-    ] = False,
-    threads: Annotated[int, typer.Option(help=THREADS_HELP)] = 0,
-    provider: Annotated[str, typer.Option(help=PROVIDER_HELP)] = "",
-) -> None:
-    opened = open_source(source)
-    runner = load_runner(weights, device, size_of(imgsz), conf, trust=trust_weights, threads=threads, provider=provider)
-    summary = predict(runner, opened, output or free_folder(Path("runs/predict") / opened.name), show)
-    found = ", ".join(f"{count} {name}" for name, count in summary.counts.items()) or "nothing"
-    print(f"found {found} in {summary.frames} frames")
-    print(f"{summary.model_ms:.1f} ms a frame in the model, {summary.total_ms:.1f} ms in all, on {runner.device}")
-    print("written: " + ", ".join(str(path) for path in summary.paths[:3]), end="")
-    print(f" and {len(summary.paths) - 3} more" if len(summary.paths) > 3 else "")
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return a folder that is not there yet: the wanted one, or the first with a number from 2 on behind its name."""
-    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
-    return next(folder for folder in chain([wanted], numbered) if not folder.exists())
-
+from visionattn.cli import run
+from visionattn.commands.predict import app
 
 if __name__ == "__main__":
     run(app)

@@ -1,51 +1,7 @@
-"""Train a detector or a classifier.
-
-python tools/train.py --config configs/classify/digits.yaml
-python tools/train.py --config configs/detect/digits.yaml --set epochs=10 --set name=short
-python tools/train.py --config configs/detect/digits.yaml --resume
-torchrun --nproc-per-node 2 tools/train.py --config configs/classify/cifar10.yaml
-"""
-
-import sys
-from pathlib import Path
-from typing import Annotated
-
-import typer
+"""Train a detector or a classifier: the same as ``visionattn train``."""
 
 from visionattn.cli import run
-from visionattn.config import load_config
-from visionattn.engine.run import is_main_process
-from visionattn.engine.train import train
-
-app = typer.Typer(add_completion=False)
-
-
-@app.command(help=__doc__)
-def main(
-    config: Annotated[Path, typer.Option(help="YAML file, see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a key: key.sub=value; repeatable.", show_default=False)
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; begin it if it was not begun.")
-    ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust-weights", help="Load .pt weights even if they may run code; for your own files.")
-    ] = False,
-) -> None:
-    try:
-        result = train(load_config(config, overrides or ()), resume, trust)
-    except KeyboardInterrupt:
-        if is_main_process():
-            print("stopped; go on with the same command and --resume", file=sys.stderr)
-        raise
-    if is_main_process():
-        print(f"run      {result.folder}")
-        print(f"weights  {result.weights}")
-        for name, value in result.metrics.items():
-            if isinstance(value, int | float):
-                print(f"{name:8} {value:.4g}")
-
+from visionattn.commands.train import app
 
 if __name__ == "__main__":
     run(app)

@@ -1,39 +1,89 @@
-"""The command line: what tools share, and ``visionattn yolo ...``, Ultralytics' own command with our blocks known."""
+"""The command line ``visionattn``: its commands by name, each imported when it is called, and what they share.
 
-import json
+Help and completion must not wait for PyTorch, so nothing is imported here but the parser and our errors.
+"""
+
+import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
-from rich.console import Console
+import typer.main
+from typer.core import TyperCommand, TyperGroup
 
-from visionattn.data.files import write_text
-from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError, VisionAttnError
-from visionattn.profiling.protocols import Keep, Result, keep_nothing
-from visionattn.profiling.tables import Grid
-from visionattn.record import environment
+
+COMMANDS = {
+    "train": "Train a detector or a classifier from a configuration.",
+    "evaluate": "Score weights or an exported file on a data set: COCO AP, or top-1 and top-5.",
+    "predict": "Find objects in pictures, a video or a camera's stream, or classify them.",
+    "export": "Write ONNX, OpenVINO, TensorRT, TorchScript or .pt2 files, verified against the weights.",
+    "convert": "Turn a pretrained vision transformer linear, without labels.",
+    "profile": "Measure how fast and how exact models, exported files and attentions are.",
+    "yolo": "Run Ultralytics' own command line with our blocks and models known.",
+}
+"""What the command line can do, in one line each; the file of a command has its name, in :mod:`visionattn.commands`."""
 
 IMGSZ_HELP = "side of the network input in pixels, or H,W; as trained or exported if left out"
 THREADS_HELP = "threads of the CPU; 0 leaves it to the runtime"
 PROVIDER_HELP = "execution provider of ONNX Runtime, or device of OpenVINO; by --device if left out"
 
 
-def size_of(text: str) -> tuple[int, int] | None:
-    """Read an image size: ``320``, or ``480,640`` for (H, W); empty is None.
+class Command(TyperCommand):
+    """A command that makes our models and attentions known to timm before it runs, but not before it shows its help."""
 
-    Raises:
-        ConfigError: it is neither.
+    def invoke(self, ctx: Any) -> Any:
+        """Run the function of the command."""
+        importlib.import_module("visionattn.backbones")
+        return super().invoke(ctx)
+
+
+class _Commands(TyperGroup):
+    """The commands of :data:`COMMANDS`: known by their lines until one is called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"commands": {name: TyperCommand(name, help=COMMANDS[name]) for name in COMMANDS}})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that the first argument names."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and command_of(str(name)), rest
+
+
+def command_of(name: str) -> Any:
+    """Return a command of :data:`COMMANDS` with its options; its file is imported."""
+    return typer.main.get_command(importlib.import_module(f"visionattn.commands.{name}").app)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"visionattn {version('visionattn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Linear attention that is practical for vision: train, score, run and ship detectors and classifiers.
+
+    visionattn train --config detect/digits
+    visionattn predict --source clip.mp4
+
+    visionattn COMMAND --help has the options of a command, and examples.
     """
-    sides = text.replace("x", ",").split(",")
-    if not text:
-        return None
-    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) for side in sides):
-        raise ConfigError(f"got size {text!r}; give a side in pixels such as 320, or height and width such as 480,640")
-    return int(sides[0]), int(sides[-1])
+
+
+def main() -> None:
+    """Entry point ``visionattn``, and of ``python -m visionattn``."""
+    _told(lambda: app(prog_name="visionattn"))
 
 
 def run(app: typer.Typer) -> None:
@@ -52,60 +102,15 @@ def _told(command: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse what cannot be written before anything is measured."""
-    if path and path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; give the name of a file, e.g. {path / 'report.json'}")
-    if path and path.suffix != ".json":
-        raise ConfigError(f"--output {path} is no .json file; tables are written beside it, as {path.stem}.md")
+def size_of(text: str) -> tuple[int, int] | None:
+    """Read an image size: ``320``, or ``480,640`` for (H, W); empty is None.
 
-
-def partial_of(path: Path) -> Path:
-    """Return where rows are written until a report is whole."""
-    return path.with_suffix(".partial.json")
-
-
-def journal(path: Path | None) -> Keep:
-    """Return what writes the rows so far, for a run that is cut short."""
-    if not path:
-        return keep_nothing
-
-    def keep(rows: Sequence[Result]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.loads(row.model_dump_json()) for row in rows]
-        write_json(partial_of(path), {"rows": kept, "environment": environment()})
-
-    return keep
-
-
-def publish(title: str, report: BaseModel, grids: Iterable[Grid], path: Path | None) -> None:
-    """Write the report and what it depends on as JSON, and tables beside it; print these. The folder is made."""
-    grids = list(grids)
-    if path:
-        record = environment()
-        head = [f"# {title}", "", f"`{record['command']}` on {record['device']}, at commit {record['commit']}.", ""]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, json.loads(report.model_dump_json()) | {"environment": record})
-        write_text(path.with_suffix(".md"), "\n".join([*head, *(grid.markdown() for grid in grids)]))
-        partial_of(path).unlink(missing_ok=True)
-    Console().print(*(grid.rich() for grid in grids))
-    if path:
-        print(f"written: {path}, {path.with_suffix('.md')}")
-
-
-def check_measured(rows: Sequence[Any]) -> None:
-    """Fail, after the report is published, if not one of its rows has figures."""
-    if rows and all(row.reason for row in rows):
-        raise VisionAttnError(f"nothing was measured; the first reason of {len(rows)}: {rows[0].reason}")
-
-
-def main() -> None:
-    """Entry point ``visionattn``: ``visionattn yolo train model=yolo-lat-n.yaml data=...``."""
-    if sys.argv[1:2] != ["yolo"]:
-        print(
-            "usage: visionattn yolo TASK MODE key=value ...   (training, evaluation and prediction by config: tools/)"
-        )
-        sys.exit(2)
-    from visionattn.detection import yolo_command
-
-    _told(lambda: yolo_command(sys.argv[2:]))
+    Raises:
+        ConfigError: it is neither.
+    """
+    sides = text.replace("x", ",").split(",")
+    if not text:
+        return None
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) for side in sides):
+        raise ConfigError(f"got size {text!r}; give a side in pixels such as 320, or height and width such as 480,640")
+    return int(sides[0]), int(sides[-1])

@@ -6,7 +6,7 @@ as they are.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from visionattn.errors import ConfigError, suggest
+from visionattn.packaged import find_packaged, packaged
 
 
 def _device(value: Any) -> Any:
@@ -84,19 +85,24 @@ _ADAPTER: TypeAdapter[TrainConfig] = TypeAdapter(Annotated[TrainConfig, Field(di
 _MODELS: dict[str, type[_Strict]] = {"detect": DetectConfig, "classify": ClassifyConfig, "timm": TimmOptions}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """Read and check a training configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a packaged one such as ``detect/digits``.
         overrides: ``key.sub=value`` strings; values are read as YAML, so ``lr=1e-3`` and ``flip=[a, b]`` work.
+        changes: keys and values that :func:`merged` puts over those of the file.
 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or a value is refused (named by its dotted path).
     """
-    path = Path(path)
+    given, path = path, find_packaged("configs", path) or Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file not found: {path}; give a YAML file, e.g. configs/detect/digits.yaml")
+        raise ConfigError(
+            f"config file not found: {given}; give a YAML file, or a packaged one: {', '.join(packaged('configs'))}"
+        )
     try:
         raw = _Loader.parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,6 +111,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: got {type(raw).__name__}, expected a mapping of keys such as task, model, data")
     for override in overrides:
         _set(raw, override)
+    raw = merged(raw, changes or {})
     raw.setdefault("name", "")
     raw["name"] = raw["name"] or path.stem
     return parse_config(raw, str(path))
@@ -118,6 +125,15 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> TrainConfig:
         lines = [_explain(e, raw) for e in error.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
     return config.model_copy(update={"data": expand(config.data), "model": expand(config.model)})
+
+
+def merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with some keys changed; of a mapping inside it only the keys that the change has."""
+    made = dict(content)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(made.get(key), Mapping)
+        made[key] = merged(made[key], value) if both else value
+    return made
 
 
 def expand(text: str) -> str:

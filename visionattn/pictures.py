@@ -43,6 +43,22 @@ def load_image(path: Path) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
+def pixels_of(picture: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an opened picture of PIL as :func:`load_image` would, turned upright; it is left as it is.
+
+    Returns:
+        BGR array of shape (H, W, 3).
+
+    Raises:
+        DataError: its pixels have no plain meaning in 8 bits.
+    """
+    if picture.mode not in MODES:
+        raise DataError(
+            f"got a picture of PIL's mode {picture.mode}, which has no plain meaning in 8 bits; convert it to RGB"
+        )
+    return np.ascontiguousarray(_eight_bits(picture.copy()))
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) in pixels of the upright picture, from the file's header alone where that tells it.
 

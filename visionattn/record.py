@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "device": ", ".join(gpus) or f"{os.cpu_count()} CPU cores, {_processor()}",
         "driver": _driver() if gpus else None,
@@ -33,6 +33,13 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _command() -> str:
+    """Return the command line of this process as one would type it again."""
+    if Path(sys.argv[0]).parent.name == "visionattn" or Path(sys.argv[0]).stem == "visionattn":
+        return shlex.join(["visionattn", *sys.argv[1:]])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def _processor() -> str:

@@ -1,3 +1,4 @@
+import pickle
 from typing import Any
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import nn
 
 from visionattn.attention import ATTENTION
-from visionattn.detection import LAT, MODELS, YOLOLAT, Rep
+from visionattn.detection import LAT, MODELS, WEIGHTS, YOLOLAT, Rep, load_detector
 from visionattn.errors import ConfigError, UnknownNameError
 
 
@@ -62,6 +63,24 @@ def test_without_attention_the_local_part_remains() -> None:
 def test_it_scripts(options: dict[str, Any]) -> None:
     block, x = LAT(16, head_dim=8, **options).eval(), torch.randn(1, 16, 5, 7)
     torch.testing.assert_close(torch.jit.script(block)(x), block(x))
+
+
+@torch.no_grad()
+def test_a_block_from_before_an_option_computes_what_it_did() -> None:
+    block, x = LAT(32, 16).eval(), torch.randn(2, 32, 5, 7)
+    expected = block(x)
+    for option in ("center_keys", "rotate_half"):
+        delattr(block.attention, option)
+    with pytest.raises(AttributeError):
+        block(x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(block))(x), expected)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_shipped_weights_run(name: str) -> None:
+    network: Any = load_detector(name).model
+    with torch.no_grad():
+        assert network.float().eval()(torch.rand(1, 3, 64, 96))[0].isfinite().all()
 
 
 class ZeroBranch(nn.Module):

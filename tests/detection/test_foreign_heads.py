@@ -7,10 +7,10 @@ import pytest
 import torch
 from ultralytics import RTDETR
 
+from visionattn.deployment import load_runner
+from visionattn.deployment.info import read_info
 from visionattn.detection import build_detector, check_form, load_detector
 from visionattn.errors import ConfigError, WeightsError
-from visionattn.export import load_runner
-from visionattn.export.info import read_info
 
 RTDETR_TINY = """
 nc: 2

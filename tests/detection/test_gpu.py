@@ -15,9 +15,9 @@ from tests.detection.test_device_loader import (
     smooth,
 )
 from tests.detection.test_head import randomised, tiny
+from visionattn.deployment.cudnn import ConvReLU, join_relus
 from visionattn.detection import YOLOLAT, DetectionNetwork
 from visionattn.detection.device_loader import Warp, inverse, paint, warped_boxes
-from visionattn.export.cudnn import ConvReLU, join_relus
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,9 @@ from sklearn.datasets import load_sample_images
 from ultralytics import YOLO
 
 from visionattn.detection import YOLOLAT
+from visionattn.packaged import packaged
 
-WEIGHTS = Path(__file__).parents[2] / "weights" / "yolo-lat-n-aquarium.pt"
+WEIGHTS = packaged("weights")["yolo-lat-n-aquarium"]
 SIDE = 160
 CONF = 0.02
 FULL, HALF, BRAIN = (0.1, 1e-3), (2.0, 0.02), (2.0, 0.06)

@@ -14,11 +14,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from visionattn.deployment import Detections
+from visionattn.deployment.info import ModelInfo
 from visionattn.engine import evaluate as module
 from visionattn.engine.evaluate import evaluate
 from visionattn.errors import ConfigError, DataError, UnsupportedError, WeightsError
-from visionattn.export import Detections
-from visionattn.export.info import ModelInfo
 
 NAMES = ["ant", "bee", "cat"]
 # image -> (width, height), objects as (class index, x1, y1, x2, y2) in pixels

@@ -1,17 +1,16 @@
 """The report is whole, and so is the one that is published."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
 
 from visionattn.attention import ATTENTION
+from visionattn.commands import profile
 from visionattn.errors import ConfigError
 from visionattn.profiling import FidelityReport, fidelity
 from visionattn.profiling.fidelity import describe
@@ -33,17 +32,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.Complet
     folder = tmp_path_factory.mktemp("fidelity")
     command = [sys.executable, TOOL, "fidelity", "--quick", "--output", "new/quick.json"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True), folder
-
-
-@pytest.fixture(scope="module")
-def profiler() -> ModuleType:
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("profiler_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path: Path) -> FidelityReport:
@@ -114,10 +102,8 @@ def check(report: FidelityReport) -> None:
 
 
 @pytest.mark.parametrize(("name", "reason"), [("", "is a folder"), ("report.md", "is no .json file")])
-def test_outputs_are_refused_before_anything_is_measured(
-    profiler: ModuleType, tmp_path: Path, name: str, reason: str
-) -> None:
-    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path / name)])
+def test_outputs_are_refused_before_anything_is_measured(tmp_path: Path, name: str, reason: str) -> None:
+    done = CliRunner().invoke(profile.app, ["fidelity", "--output", str(tmp_path / name)])
     assert isinstance(done.exception, ConfigError)
     assert reason in str(done.exception)
     assert done.stdout == ""
@@ -125,12 +111,12 @@ def test_outputs_are_refused_before_anything_is_measured(
 
 
 def test_a_missed_figure_is_named_and_the_exit_code_is_1(
-    profiler: ModuleType, published: FidelityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: FidelityReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = published.figures[0].model_copy(update={"measured": 7.0})
     report = published.model_copy(update={"figures": [wrong, *published.figures[1:]], "tables": published.tables[:1]})
-    monkeypatch.setattr(profiler, "measure_fidelity", lambda quick: report)
-    done = CliRunner().invoke(profiler.app, ["fidelity", "--output", str(tmp_path / "report.json")])
+    monkeypatch.setattr("visionattn.profiling.measure_fidelity", lambda quick: report)
+    done = CliRunner().invoke(profile.app, ["fidelity", "--output", str(tmp_path / "report.json")])
     assert done.exit_code == 1
     assert f"1 of {len(report.figures)} known figures are not recovered: {wrong.name}" in done.stdout.replace("\n", " ")
     assert [figure.ok for figure in read(tmp_path / "report.json").figures].count(False) == 1

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.export.conftest import make_detector, pictures
+from tests.deployment.conftest import make_detector, pictures
+from visionattn.deployment.export import export
+from visionattn.deployment.network import Request
+from visionattn.deployment.quantize import Calibration
 from visionattn.errors import ConfigError, WeightsError
-from visionattn.export.export import export
-from visionattn.export.network import Request
-from visionattn.export.quantize import Calibration
 from visionattn.profiling import RUNTIMES, Conditions, LatencyReport, Sweep, measure_latency, runtimes
 from visionattn.profiling.clock import WARM_UP
 from visionattn.profiling.runtimes import TRAINING

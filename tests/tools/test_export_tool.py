@@ -8,13 +8,13 @@ import onnx
 import pytest
 import torch
 
-from tests.export.conftest import make_detector
+from tests.deployment.conftest import make_detector
 from visionattn.cli import size_of
 from visionattn.data.scenes import make_scenes
+from visionattn.deployment import load_runner
+from visionattn.deployment.info import size_text
+from visionattn.deployment.runner import open_session
 from visionattn.errors import ConfigError
-from visionattn.export import load_runner
-from visionattn.export.info import size_text
-from visionattn.export.runner import open_session
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_int8_by_calibration(export, weights, scenes, tmp_path):
         (("--output", "m.pt"), "names of onnx end in .onnx"),
         (("--precision", "int8"), "int8 needs images to calibrate by"),
         (("--nms", "embedded", "--conf", "1.5"), "got conf 1.5, iou 0.7, max_det 300; expected 0..1"),
-        (("--conf", "0.25"), "--conf, --iou and --max-det are fixed in a file by --nms embedded alone, got --nms none"),
-        (("--nms", "free", "--max-det", "10"), "by --nms embedded alone, got --nms free"),
+        (("--conf", "0.25"), "conf, iou and max_det are fixed in a file by nms=embedded alone, got nms=none"),
+        (("--nms", "free", "--max-det", "10"), "by nms=embedded alone, got nms=free"),
         (("--batch", "0"), "got batch 0, expected 1 or more"),
         (("--precision", "int8", "--calibrate", "nowhere"), "nowhere"),
         (("--max-size", "1,2,3"), "got size '1,2,3'"),

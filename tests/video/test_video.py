@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visionattn.deployment import Detections
 from visionattn.errors import ConfigError, SourceError, UnsupportedError
-from visionattn.export import Detections
 from visionattn.video import Source, open_source, predict, sink
 from visionattn.video.draw import draw
 

@@ -20,13 +20,12 @@ from visionattn.detection.controls import ablated, narrow_control  # noqa: E402
 from visionattn.detection.device_loader import refuse_unsupported  # noqa: E402
 from visionattn.detection.loading import load_detector  # noqa: E402
 from visionattn.detection.model import MODELS, WEIGHTS, YOLOLAT, fingerprint, resolve_model, yolo_command  # noqa: E402
-from visionattn.detection.network import NMS, DetectionNetwork, classes_and_size  # noqa: E402
+from visionattn.detection.network import DetectionNetwork, classes_and_size  # noqa: E402
 from visionattn.detection.training import build_detector, check_freeze, check_side, checked_options, train_detector  # noqa: E402
 
 __all__ = [
     "LAT",
     "MODELS",
-    "NMS",
     "WEIGHTS",
     "YOLOLAT",
     "DetectionNetwork",

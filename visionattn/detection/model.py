@@ -12,13 +12,13 @@ from ultralytics.nn.tasks import yaml_model_load
 
 from visionattn.detection.trainer import LATTrainer
 from visionattn.errors import ConfigError, UnknownNameError, UnsupportedError, suggest
+from visionattn.packaged import find_packaged, packaged
 
-MODELS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parent / "models").glob("*.yaml"))}
+MODELS: dict[str, Path] = packaged("models")
 """Packaged model yamls by name."""
 
-
-WEIGHTS: dict[str, Path] = {p.stem: p for p in sorted((Path(__file__).parents[2] / "weights").glob("*.pt"))}
-"""Trained weights of the repository by name; none where only the package is installed."""
+WEIGHTS: dict[str, Path] = packaged("weights")
+"""Packaged weights by name."""
 
 
 def resolve_model(model: str | Path) -> str:
@@ -29,13 +29,10 @@ def resolve_model(model: str | Path) -> str:
     Raises:
         UnknownNameError: the name begins like one of ours, but there is neither such a model nor such a file.
     """
-    if Path(model).suffix and Path(model).is_file():
-        return str(model)
+    found = find_packaged("models", model) or find_packaged("weights", model)
+    if found:
+        return str(found)
     name = str(model).removesuffix(".yaml")
-    if name in MODELS:
-        return str(MODELS[name])
-    if name in WEIGHTS:
-        return str(WEIGHTS[name])
     if name.startswith("yolo-lat") and not Path(model).exists():
         raise UnknownNameError(f"unknown model {str(model)!r}; {suggest(name, (*MODELS, *WEIGHTS))}")
     return str(model)

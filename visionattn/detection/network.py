@@ -1,18 +1,17 @@
 """A detector as a plain network for a runtime: batch normalisation folded, images in, one tensor out."""
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.modules import Detect
 
+from visionattn.choices import NMS
 from visionattn.detection.blocks import has_nms_free_branch
 from visionattn.detection.model import YOLOLAT
 from visionattn.detection.peaks import PeakHead
 from visionattn.errors import UnsupportedError
-
-NMS = Literal["none", "embedded", "free", "peaks"]
 
 
 class DetectionNetwork(nn.Module):

@@ -22,13 +22,13 @@ from visionattn.data import (
     load_image,
 )
 from visionattn.data.files import write_text
+from visionattn.deployment import Detections, Runner, load_runner
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.runner import runner_of
+from visionattn.deployment.session import Session
 from visionattn.detection import resolve_model
 from visionattn.engine.coco import Backend, DetectionScores, load_backend, score
 from visionattn.errors import ConfigError, UnsupportedError, WeightsError
-from visionattn.export import Detections, Runner, load_runner
-from visionattn.export.info import ModelInfo
-from visionattn.export.runner import runner_of
-from visionattn.export.session import Session
 from visionattn.record import environment
 
 _log = logging.getLogger("visionattn")

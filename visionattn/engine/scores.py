@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from visionattn.deployment.session import Session
 from visionattn.engine.coco import DetectionScores
 from visionattn.engine.evaluate import score_session
 from visionattn.errors import ParityError
-from visionattn.export.session import Session
 
 DROP = {"fp32": 0.0005, "fp16": 0.002, "int8": 0.015}
 """How far AP or top-1 may fall, by precision; a rise is not an error."""

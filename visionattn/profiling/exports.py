@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visionattn.attention import ATTENTION
+from visionattn.deployment.formats.engines import TENSORRT_RTX, build
+from visionattn.deployment.formats.onnx import FORMAT as ONNX
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.network import Network, Request, load_network
+from visionattn.deployment.parity import HALF_LIMIT, errors_of
+from visionattn.deployment.session import Place
+from visionattn.deployment.verify import half_range, photographs
 from visionattn.errors import ExportError
-from visionattn.export.formats.engines import TENSORRT_RTX, build
-from visionattn.export.formats.onnx import FORMAT as ONNX
-from visionattn.export.graph import Graph
-from visionattn.export.network import Network, Request, load_network
-from visionattn.export.parity import HALF_LIMIT, errors_of
-from visionattn.export.session import Place
-from visionattn.export.verify import half_range, photographs
 from visionattn.profiling.protocols import Number, Result
 from visionattn.profiling.subjects import rounded, vit, yolo_lat
 

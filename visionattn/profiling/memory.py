@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from visionattn.attention import ATTENTION
+from visionattn.deployment.network import Request, load_network
 from visionattn.errors import ConfigError, ParityError, suggest
-from visionattn.export.network import Request, load_network
 from visionattn.profiling.clock import Milliseconds, on, peak_memory, time_in_turns
 from visionattn.profiling.protocols import Keep, Number, Result, deviation, keep_nothing
 from visionattn.profiling.steps import ACCEPTED, DTYPES, Attempt, DType, TrainingStep, device_name, infer

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from visionattn.deployment.formats import FORMATS, format_of
+from visionattn.deployment.graph import Graph
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.network import Network, Request, load_network
+from visionattn.deployment.parity import Parity, errors_of
+from visionattn.deployment.quantize import Calibration
+from visionattn.deployment.runner import open_session, runner_of
+from visionattn.deployment.session import Place, Session, TorchSession
+from visionattn.deployment.verify import photographs, piece
 from visionattn.errors import ConfigError, ParityError, suggest
-from visionattn.export.formats import FORMATS, format_of
-from visionattn.export.graph import Graph
-from visionattn.export.info import ModelInfo
-from visionattn.export.network import Network, Request, load_network
-from visionattn.export.parity import Parity, errors_of
-from visionattn.export.quantize import Calibration
-from visionattn.export.runner import open_session, runner_of
-from visionattn.export.session import Place, Session, TorchSession
-from visionattn.export.verify import photographs, piece
 from visionattn.profiling.clock import peak_memory
 from visionattn.profiling.steps import ACCEPTED, AUTOCAST, DType, TrainingStep
 from visionattn.profiling.tuned import TunedSession
@@ -79,7 +79,7 @@ class Subject:
     """Weights, a name, a yaml or an exported file, and the attention that a model of timm is built with.
 
     Attributes:
-        weights: as :class:`~visionattn.export.network.Request` takes them, or an exported file.
+        weights: as :class:`~visionattn.deployment.network.Request` takes them, or an exported file.
         attention: name of timm's ``attn_layer``; empty for the model's own.
         info: what it is, at its own size.
         parameters: how many; of a detector with batch normalisation folded. None of a file.

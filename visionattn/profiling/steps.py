@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from visionattn.deployment.parity import TOLERANCE
+from visionattn.deployment.session import torch_device
 from visionattn.errors import ConfigError, ParityError, VisionAttnError
-from visionattn.export.parity import TOLERANCE
-from visionattn.export.session import torch_device
 
 DType = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

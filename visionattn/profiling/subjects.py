@@ -11,10 +11,11 @@ import yaml
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from visionattn.choices import Dynamic, Precision
+from visionattn.deployment.info import ModelInfo
+from visionattn.deployment.network import Network, TimmNetwork
+from visionattn.deployment.verify import photographs
 from visionattn.detection import LAT, MODELS, YOLOLAT, DetectionNetwork, build_detector, load_detector
-from visionattn.export.info import Dynamic, ModelInfo, Precision
-from visionattn.export.network import Network, TimmNetwork
-from visionattn.export.verify import photographs
 
 SCALE = 4.0
 """Standard deviation of queries, keys and values in a network that is stretched."""

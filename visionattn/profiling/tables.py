@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
-from visionattn.export.info import size_text
+from visionattn.deployment.info import size_text
 from visionattn.profiling.clock import Milliseconds
 from visionattn.profiling.compare import Comparison
 from visionattn.profiling.exports import EngineReport, EngineRow, ParityReport

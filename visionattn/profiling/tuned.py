@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn.deployment.cudnn import join_relus
+from visionattn.deployment.network import Network
+from visionattn.deployment.session import Place, TorchSession
 from visionattn.detection import DetectionNetwork
-from visionattn.export.cudnn import join_relus
-from visionattn.export.network import Network
-from visionattn.export.session import Place, TorchSession
 from visionattn.profiling.clock import Graphed
 from visionattn.profiling.steps import AUTOCAST, DTYPES
 

@@ -6,7 +6,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from visionattn.export import BGRImage, Detections
+from visionattn.deployment import BGRImage, Detections
 
 LEAST_TEXT_SCALE = 0.35
 """Smaller letters are not legible."""

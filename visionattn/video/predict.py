@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from visionattn.deployment import Detections, Runner
 from visionattn.errors import UnsupportedError
-from visionattn.export import Detections, Runner
 from visionattn.video.draw import draw
 from visionattn.video.sink import Window, open_sink
 from visionattn.video.source import Source
@@ -26,6 +26,7 @@ class Summary:
         model_ms: milliseconds a frame in the model with its pre- and post-processing; a first call is not counted.
         total_ms: the same with reading, drawing, writing and showing.
         paths: files written.
+        device: where the model ran.
     """
 
     frames: int
@@ -33,6 +34,7 @@ class Summary:
     model_ms: float
     total_ms: float
     paths: list[Path]
+    device: str
 
 
 def predict(runner: Runner, source: Source, output: Path, show: bool = False) -> Summary:
@@ -41,7 +43,7 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
     A camera runs until Ctrl-C, or until q or Esc in its window.
 
     Args:
-        runner: model from :func:`visionattn.export.load_runner`.
+        runner: model from :func:`visionattn.deployment.load_runner`.
         source: from :func:`visionattn.video.open_source`.
         output: folder for the pictures or the mp4 video; files that are there are never replaced.
         show: also show the frames in a window; pictures wait for a key.
@@ -78,7 +80,9 @@ def predict(runner: Runner, source: Source, output: Path, show: bool = False) ->
                 raise
         total = time.perf_counter() - started
     milliseconds = 1000 / max(frames, 1)
-    return Summary(frames, dict(counts.most_common()), in_model * milliseconds, total * milliseconds, sink.paths)
+    return Summary(
+        frames, dict(counts.most_common()), in_model * milliseconds, total * milliseconds, sink.paths, runner.device
+    )
 
 
 def _found(result: Detections | NDArray[np.float32], names: dict[int, str]) -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any
 import cv2
 
 from visionattn.data.files import whole
+from visionattn.deployment import BGRImage
 from visionattn.errors import ConfigError, SourceError, UnsupportedError
-from visionattn.export import BGRImage
 from visionattn.video.source import Source
 
 

@@ -12,8 +12,8 @@ import cv2
 from visionattn.data import IMAGE_SUFFIXES, load_image
 from visionattn.data.embedded import EMBEDDED, embedded_pictures
 from visionattn.data.files import list_images
+from visionattn.deployment import BGRImage
 from visionattn.errors import DataError, SourceError
-from visionattn.export import BGRImage
 
 FALLBACK_FPS = 25.0
 """For videos and cameras that do not tell their rate."""

@@ -1,0 +1,5 @@
+"""``python -m visionattn``: the command line."""
+
+from visionattn.cli import main
+
+main()

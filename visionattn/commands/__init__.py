@@ -1,0 +1,1 @@
+"""The commands of ``visionattn``, a file each: parse, call one function, print one result."""
