@@ -158,7 +158,7 @@ def test_shipped_weights_are_those_that_were_scored(name: str) -> None:
     assert hashlib.sha256(content).hexdigest() == report["sha256"]
     assert len(content) < 5e6
     assert set(load_detector(WEIGHTS[name]).names.values()) == set(report["scores"]["per_class"])
-    card = (ROOT / "visionattn" / "weights" / "README.md").read_text()
+    card = (ROOT / "weights" / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith(f"| `{name}.pt` |"))
     assert f"AP {report['scores']['ap']:.3f}, AP50 {report['scores']['ap50']:.3f} |" in row
     assert not [mark for mark in (b"/tmp", b"/root", b"/home", b"/work") if mark in content], "where it was trained"

@@ -18,7 +18,8 @@ DEFAULT_WEIGHTS = "yolo-lat-n-aquarium"
 def packaged(kind: Kind) -> dict[str, Path]:
     """Return the files of a kind by name, such as ``detect/digits``, ``yolo-lat-n`` or ``yolo-lat-n-aquarium``."""
     place, suffix = _FOLDERS[kind]
-    root = Path(__file__).parent / place
+    package = Path(__file__).parent
+    root = package / place if (package / place).is_dir() else package.parent / place  # beside it in a checkout
     found = sorted(root.rglob(f"*{suffix}"))
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in found}
 

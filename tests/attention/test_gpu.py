@@ -37,7 +37,8 @@ def test_half_precision_agrees_with_float64(name: str, dtype: torch.dtype, token
     assert out.dtype == dtype
     assert out.isfinite().all()
     eps = max(torch.finfo(dtype).eps, 2.5e-4 if isinstance(attention, RandomFeatures) or limit > 1 else 0)
-    assert (out.double() - truth).abs().max() < 4 * eps * x[2].double().abs().max()
+    largest = max(x[2].double().abs().max(), truth.abs().max())  # outputs of a few are larger than values
+    assert (out.double() - truth).abs().max() < 4 * eps * largest
     assert (out.double() - truth).norm() < 2 * eps * truth.norm()
 
 
@@ -45,6 +46,8 @@ def test_half_precision_agrees_with_float64(name: str, dtype: torch.dtype, token
 def test_training_needs_no_square_matrix(name: str, causal: bool) -> None:
     tokens = 8192
     attention = ATTENTION[name](64, 1).cuda()
+    if causal and not attention.ordered:
+        pytest.skip("has no causal form")
     x = [y.requires_grad_() for y in inputs(attention, tokens, 1.0, torch.float16)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 ENTRYWISE = ["ela_hadamard", "elu", "relu"]
-BY_LOGARITHMS = ["performer", "dark", "slay", "slay_paper", "cosformer"]
+BY_LOGARITHMS = ["performer", "dark", "slay", "slay_paper", "cosformer", "focused"]
 CAUSAL = [*ENTRYWISE, *BY_LOGARITHMS]
 TOKENS = 2**19
 """Tokens of all heads that are about what a GPU's programs take at a time: results of a race show there."""

@@ -88,3 +88,12 @@ def test_a_gradient_of_the_gradient(name: str) -> None:
         found = penalty()
     with switch.kernels("eager"):
         torch.testing.assert_close(found, penalty(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_laid_out_channels_last() -> None:
+    layer = made("slay", 16).half()
+    x = torch.randn(1, 20, 96, device=DEVICE).half()
+    with torch.no_grad(), switch.kernels("fused"):
+        expected = layer(x)
+        layer = layer.to(memory_format=torch.channels_last)
+        assert torch.equal(layer(x), expected)

@@ -15,7 +15,7 @@ class FocusedAttention(PositiveAttention):
 
     D features; exact for its own kernel. The length of a key is that of all its heads together, so heads are not
     independent. The source adds a table of positions to the keys, which fixes the number of tokens and is left out,
-    and a depthwise convolution, for which there is ``local``. There is no fused kernel for it over all tokens.
+    and a depthwise convolution, for which there is ``local``. Fused kernels run its causal form alone.
 
     Args:
         power: p, by which features differ more; 1 is ``relu`` up to the divisors.

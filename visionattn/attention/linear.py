@@ -92,7 +92,7 @@ class LinearAttention(Attention):
 
     @torch.jit.unused
     def fuse_causal(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor | None:
-        """Attend to the tokens before each, likewise."""
+        """Attend to the tokens before each by a fused kernel, or return None where the eager formula is to be taken."""
         return fused.refuse("there is none for this mechanism with is_causal=True")
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, is_causal: bool) -> Tensor:

@@ -87,4 +87,5 @@ def yat_features(draws: Tensor, bank: Tensor, scales: list[float], weights: list
     """Return SLAY's map for draws (R, H, M, D), anchors (P, D), and the scales and weights of R nodes."""
     gains = tuple(math.sqrt(2 * s) for s in scales)
     priors = tuple(math.log(w / draws.shape[-2]) - 2 * s for s, w in zip(scales, weights, strict=True))
+    draws = draws.contiguous()  # a model that is laid out channels last has its buffers of four axes so, too
     return FeatureMap("sphere", draws, bank, gains=gains, priors=priors)
