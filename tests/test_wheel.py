@@ -27,8 +27,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built of a copy: building leaves folders behind."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(ROOT / "visionattn", source / "visionattn", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("visionattn", "configs", "weights"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
@@ -69,9 +70,11 @@ def run(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 def test_holds_configs_yamls_and_weights(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
+    roots = {ROOT / "visionattn": "", ROOT / "configs": "visionattn/", ROOT / "weights": "visionattn/"}
     shipped = [
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "visionattn").rglob("*")
+        place + path.relative_to(ROOT).as_posix()
+        for root, place in roots.items()
+        for path in root.rglob("*")
         if path.suffix in (".py", ".yaml", ".pt", ".typed")
     ]
     assert len([name for name in shipped if not name.endswith(".py")]) >= 7 + 4 + 3 + 1
