@@ -6,6 +6,7 @@ from timm.models.vision_transformer import ATTN_LAYERS
 from torch.serialization import add_safe_globals
 
 from visionattn.attention import ATTENTION, Attention
+from visionattn.backbones import saved
 from visionattn.backbones.lat import Lat, LatBlock, LatStage
 from visionattn.backbones.vit_lat import VitLat
 
@@ -14,4 +15,4 @@ register_notrace_module(Attention)  # FX sees an attention as one node, since wh
 # What a pickled lat consists of, so that a detector on one loads as data.
 add_safe_globals([Lat, LatStage, LatBlock, DropPath, LayerNorm, Mlp, FeatureListNet, FeatureInfo, Format])
 
-__all__ = ["Lat", "VitLat"]
+__all__ = ["Lat", "VitLat", "saved"]

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import register_model
 from timm.models.vision_transformer import ATTN_LAYERS
 from torch import nn
 
@@ -167,18 +166,6 @@ def load_classifier(
     return Classifier(
         model.to(device).eval(), header.name, kwargs, header.classes, header.data_config, header.attention_layers
     )
-
-
-@register_model  # type: ignore[untyped-decorator]
-def visionattn(pretrained: bool = False, file: str = "", **options: Any) -> nn.Module:
-    """Load a file of ours: ``timm.create_model("visionattn", file="student.safetensors")``.
-
-    Args:
-        pretrained: without effect: the file has the weights.
-        file: written by :func:`save_classifier`.
-        **options: arguments of ``timm.create_model`` in place of the file's, such as ``dynamic_img_size``.
-    """
-    return load_classifier(file, options=options).model
 
 
 def _read_header(path: Path) -> _Header:
