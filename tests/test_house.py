@@ -21,6 +21,7 @@ FLOORS = [
     {"backbones", "detection", "data"},
     {"engine", "deployment", "profiling", "video"},
     {"model", "verbs"},
+    {"export"},
     {"commands"},
     {"__main__"},
 ]

@@ -1,5 +1,7 @@
 """What visionattn.load gives: one answer for a picture, however it is handed over."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,15 @@ def test_changes_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (third.task, third.name, third.batch) == ("detect", "mine", 4)
     with pytest.raises(ConfigError, match="unknown key epoch"):
         visionattn.train("classify/digits", epoch=2)
+
+
+def test_the_former_room_of_exports_is_a_verb_still(tmp_path: Path) -> None:
+    code = """
+import visionattn
+from visionattn.deployment import load_runner
+from visionattn.export import load_runner as former
+assert former is load_runner
+visionattn.export("test_resnet", "torchscript", "net.torchscript", imgsz=64, features=True)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "net.torchscript").is_file()
