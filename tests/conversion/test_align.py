@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import visionattn
 from visionattn.conversion.refit import refit
+from visionattn.conversion.units import units_of
 from visionattn.errors import ConfigError, WeightsError
 
 
@@ -177,3 +178,33 @@ def test_refit_says_what_it_needs(teacher: Any) -> None:
         refit(student, teacher, loader().dataset[:4][0])
     with pytest.raises(ConfigError, match="give a hundred"):
         visionattn.convert(teacher, "relu", refit=True)
+
+
+class Pair(torch.nn.Module):
+    """A block of two attentions, in a model whose attentions also stand in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.ModuleDict({"one": timm.layers.Attention(24, 3)})
+        self.shared = Shared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(x + self.block["one"](x))
+
+
+class Shared(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = timm.layers.Attention(24, 3), timm.layers.Attention(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.first(x) + self.second(x)
+
+
+def test_blocks_of_own_models() -> None:
+    torch.manual_seed(0)
+    model, tokens = Pair(), [torch.randn(4, 9, 24)] * 3
+    student = visionattn.convert(model, "relu")
+    assert [unit.path for unit in units_of(student, model)] == ["block.one", "shared"]
+    done = visionattn.align(student, model, tokens, steps=30, progress=False)
+    assert done.losses[-1] < done.losses[0]

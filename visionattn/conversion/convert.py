@@ -116,6 +116,10 @@ def _calibrate(model: nn.Module, student: nn.Module, layers: Layers, images: Ima
         moments = measure(model, converted, images)
     finally:
         model.train(training)
+    few = min(moments.values(), key=lambda found: found.count).count
+    width = next(iter(converted.values())).head_dim
+    if few < 10 * width:
+        _log.warning("calibrate: %d tokens say little about heads of %d channels; give more images", few, width)
     for path, attention in converted.items():
         foldable = is_foldable(model.get_submodule(path))
         if fitted:
