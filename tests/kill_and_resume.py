@@ -29,13 +29,13 @@ import typer
 import yaml
 
 from tests.engine.conftest import classify_config, make_class_folders
+from visionattn.atomic import write_json
 from visionattn.cli import run as run_app
 from visionattn.config import TrainConfig, parse_config
 from visionattn.data.scenes import make_scenes
 from visionattn.deployment import load_runner
 from visionattn.detection.loading import read_checkpoint
 from visionattn.detection.trainer import recover
-from visionattn.engine.run import write_json
 from visionattn.record import environment
 
 TOOL = Path(__file__).parents[1] / "tools" / "train.py"

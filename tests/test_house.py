@@ -13,7 +13,7 @@ import visionattn
 
 ROOT = Path(visionattn.__file__).parent
 FLOORS = [
-    {"choices", "cli", "config", "errors", "packaged", "pictures", "record"},
+    {"atomic", "choices", "cli", "config", "errors", "packaged", "pictures", "record"},
     {"ops"},
     {"attention"},
     {"blocks"},

@@ -28,9 +28,10 @@ from platformdirs import user_cache_dir
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import vit_tiny_patch16_224
 
+from visionattn.atomic import write_json
 from visionattn.attention import ATTENTION
 from visionattn.cli import run as run_app
-from visionattn.engine.run import environment, write_json
+from visionattn.engine.run import environment
 from visionattn.errors import UnknownNameError, VisionAttnError, suggest
 
 FLAT, HIERARCHICAL = 10, 11

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 
+from visionattn.atomic import write_json
 from visionattn.cli import run
 from visionattn.commands.reports import check_output, publish
 from visionattn.config import DetectConfig, load_config
@@ -28,7 +29,6 @@ from visionattn.engine.benchmark import (
     run_all,
     write_models,
 )
-from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError, VisionAttnError
 from visionattn.profiling.latency import LatencyReport, LatencyRow
 from visionattn.profiling.plots import save_figure

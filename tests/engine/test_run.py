@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tests.engine.conftest import classify_config
+from visionattn.atomic import write_json
 from visionattn.config import load_config
 from visionattn.data.summary import Summary
 from visionattn.engine import run as run_module
-from visionattn.engine.run import RunFolder, write_json
+from visionattn.engine.run import RunFolder
 from visionattn.errors import ConfigError
 from visionattn.record import environment
 

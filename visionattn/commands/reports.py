@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.console import Console
 
-from visionattn.data.files import write_text
-from visionattn.engine.run import write_json
+from visionattn.atomic import write_json, write_text
 from visionattn.errors import ConfigError, VisionAttnError
 from visionattn.profiling.protocols import Keep, Result, keep_nothing
 from visionattn.profiling.tables import Grid

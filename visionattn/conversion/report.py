@@ -1,6 +1,5 @@
 """What a conversion did to a model, block by block and at its end."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
+from visionattn.atomic import write_json
 from visionattn.conversion.align import tokens_of
 from visionattn.conversion.calibrate import Images, batches, tapped
 from visionattn.conversion.swap import find, transplant
@@ -96,11 +96,8 @@ class ConversionReport:
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, with device, versions, commit and command."""
         content = asdict(self) | {"crossover": self.crossover, "environment": environment()}
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(path), content)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Show the report as tables."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data.files import write_text
+from visionattn.atomic import write_text
 from visionattn.data.labels import label_path, read_labels
 from visionattn.pictures import image_size
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from visionattn.atomic import write_text
 from visionattn.data.embedded import EMBEDDED, embedded_path
-from visionattn.data.files import IMAGE_SUFFIXES, check_each, image_fault, list_images, listing, write_text
+from visionattn.data.files import IMAGE_SUFFIXES, check_each, image_fault, list_images, listing
 from visionattn.data.labels import label_path, read_labels
 from visionattn.data.scenes import make_scenes
 from visionattn.errors import DataError, suggest

@@ -1,10 +1,9 @@
-"""Files of a data set: images are found and checked here; files are written whole or not at all."""
+"""Files of a data set: images are found and checked here."""
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +92,3 @@ def listing(problems: Iterable[Any]) -> str:
     lines = [f"  {problem}" for problem in problems]
     more = [f"  ... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
     return "\n".join(lines[:LISTED] + more)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a name beside ``path``, then move it into place."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` to write to, which is moved into place at the end, or removed after an error."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has no name
-        raise
-    finally:
-        partial.unlink(missing_ok=True)

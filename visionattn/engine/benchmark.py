@@ -15,8 +15,8 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from visionattn.atomic import write_text
 from visionattn.config import DetectConfig
-from visionattn.data.files import write_text
 from visionattn.detection import fingerprint, load_detector
 from visionattn.engine.train import train
 from visionattn.errors import ConfigError

@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from visionattn.atomic import whole, write_text
 from visionattn.backbones.classifier import build_classifier, load_classifier, save_classifier
 from visionattn.blocks import balance_loss
 from visionattn.config import ClassifyConfig
 from visionattn.data import ClassificationData, build_augment, check_images, load_classification_data
-from visionattn.data.files import whole, write_text
 from visionattn.data.summary import summarize_classification
 from visionattn.engine.images import Images, check_input, seed_of
 from visionattn.engine.run import RunFolder, is_main_process

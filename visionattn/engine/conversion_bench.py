@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from visionattn.atomic import write_json
 from visionattn.data import parquet_reader
 from visionattn.engine import img_focus
 from visionattn.engine.probes import Distance, RidgeHead, collect, nearest_neighbours, overlap, pooled
@@ -195,7 +196,5 @@ class Results:
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"conditions": self.conditions, "rows": self.rows, "environment": environment()}
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_json(self.path, content)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)

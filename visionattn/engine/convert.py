@@ -12,11 +12,11 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
+from visionattn.atomic import write_json
 from visionattn.backbones.classifier import Classifier, create_model, has_fixed_size, load_classifier, save_classifier
 from visionattn.conversion import ConversionReport, align, convert, report
 from visionattn.data import Unlabelled, unlabelled_images
 from visionattn.engine.evaluate import ClassificationReport, evaluate
-from visionattn.engine.run import write_json
 from visionattn.errors import ConfigError
 
 REPORTED = 32

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
+from visionattn.atomic import write_text
 from visionattn.data import (
     check_data,
     check_images,
@@ -21,7 +22,6 @@ from visionattn.data import (
     load_detection_data,
     load_image,
 )
-from visionattn.data.files import write_text
 from visionattn.deployment import Detections, Runner, load_runner
 from visionattn.deployment.info import ModelInfo
 from visionattn.deployment.runner import runner_of

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from visionattn.atomic import write_json, write_text
 from visionattn.config import TrainConfig
-from visionattn.data.files import write_text
 from visionattn.data.summary import Summary
 from visionattn.engine.lock import LOCK, locked
 from visionattn.errors import ConfigError
@@ -176,8 +176,3 @@ def _remove_empty(folders: list[Path]) -> None:
 def is_main_process() -> bool:
     """Whether this is the process that writes and reports: the only one, or the first one of torchrun's."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 
-from visionattn.data.files import whole
+from visionattn.atomic import whole
 from visionattn.deployment import BGRImage
 from visionattn.errors import ConfigError, SourceError, UnsupportedError
 from visionattn.video.source import Source
