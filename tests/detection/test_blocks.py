@@ -76,6 +76,14 @@ def test_a_block_from_before_an_option_computes_what_it_did() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(block))(x), expected)
 
 
+@torch.no_grad()
+def test_random_features_from_before_their_weights() -> None:
+    block, x = LAT(32, 16, attention="performer").eval(), torch.randn(2, 32, 5, 7)
+    expected = block(x)
+    del block.attention.calibrated, block.attention.log_weights
+    torch.testing.assert_close(pickle.loads(pickle.dumps(block))(x), expected)
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_shipped_weights_run(name: str) -> None:
     network: Any = load_detector(name).model

@@ -95,6 +95,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory) if projections else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the content of a pickled module, which may be older than some options."""
+        super().__setstate__({"center_keys": False, "rotate_half": False} | state)  # type: ignore[no-untyped-call]
+
     def forward(
         self,
         x: Tensor,

@@ -49,6 +49,11 @@ class ExponentialFeatures(RandomFeatures, PositiveAttention):
         self.register_buffer("log_weights", None)
         self.register(device, dtype)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the content of a pickled module, which has no weights if it is older than they are."""
+        super().__setstate__({"calibrated": False} | state)
+        self._buffers.setdefault("log_weights", None)
+
     def draw(self) -> dict[str, Tensor]:
         draws = gaussian(self.num_heads, self.features, self.head_dim, self.seed, self.how)
         weights = {"log_weights": torch.zeros(self.num_heads, 1, self.features)} if self.calibrated else {}

@@ -6,7 +6,6 @@ list, from which ``Index`` rows pick; ``LinearDetect`` passes for Ultralytics' o
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import timm
 import torch
@@ -15,9 +14,6 @@ from ultralytics.nn.modules import Conv, Detect, RepConv
 
 from visionattn.attention import ATTENTION
 from visionattn.errors import ConfigError, UnknownNameError, suggest
-
-_LATER_OPTIONS = {"center_keys": False, "rotate_half": False}
-"""Options of attentions that checkpoints from before them lack, and what they were then."""
 
 
 class LAT(nn.Module):
@@ -59,12 +55,6 @@ class LAT(nn.Module):
         self.local = Conv(c, c, kernel_size, g=c, act=False) if kernel_size else None
         self.proj = Conv(c, c, 1, act=False)
         self.mlp = nn.Sequential(Conv(c, hidden, 1), Conv(hidden, c, 1, act=False)) if hidden else None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the content of a checkpoint, which may be older than some options of its attention."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.attention is not None:
-            vars(self.attention).update(_LATER_OPTIONS | vars(self.attention))
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
