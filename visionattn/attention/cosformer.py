@@ -10,7 +10,6 @@ from visionattn.attention.linear import PositiveAttention
 from visionattn.errors import ConfigError, UnsupportedError
 from visionattn.ops import cosformer, relu, scan
 from visionattn.ops.fused import FeatureMap
-from visionattn.ops.packing import Projection
 
 
 class CosformerAttention(PositiveAttention):
@@ -55,11 +54,7 @@ class CosformerAttention(PositiveAttention):
         positions = self.positions(q.shape[-2], grid, q.device)
         q, k = cosformer.log_features(q, positions), cosformer.log_features(k, positions)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            keep = key_mask(attn_mask)
-            if is_causal:
-                mixed = self.fuse_causal(q, k, v, keep)
-            else:
-                mixed = self.fuse(Projection(q, self.num_heads, k, v), keep)
+            mixed = self.fuse_parts(q, k, v, key_mask(attn_mask), is_causal)
             if mixed is not None:
                 return mixed
         return self.run(q, k, v, key_mask(attn_mask), is_causal)

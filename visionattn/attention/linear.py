@@ -66,11 +66,7 @@ class LinearAttention(Attention):
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            keep = key_mask(attn_mask)
-            if is_causal:
-                mixed = self.fuse_causal(q, k, v, keep)
-            else:
-                mixed = self.fuse(Projection(q, self.num_heads, k, v), keep)
+            mixed = self.fuse_parts(q, k, v, key_mask(attn_mask), is_causal)
             if mixed is not None:
                 return mixed
         return self.run(self.queries(q), self.keys(k), v, key_mask(attn_mask), is_causal)
@@ -81,6 +77,13 @@ class LinearAttention(Attention):
         if not whole or not isinstance(self.q_norm, nn.Identity) or not isinstance(self.k_norm, nn.Identity):
             return None
         return self.fuse(Projection(x, self.num_heads), key_mask(attn_mask))
+
+    @torch.jit.unused
+    def fuse_parts(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, is_causal: bool) -> Tensor | None:
+        """Attend over all tokens or over those before each by a fused kernel, or return None."""
+        if is_causal:
+            return self.fuse_causal(q, k, v, keep)
+        return self.fuse(Projection(q, self.num_heads, k, v), keep)
 
     @torch.jit.unused
     def fuse(self, inputs: Projection, keep: Tensor | None) -> Tensor | None:

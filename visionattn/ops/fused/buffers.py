@@ -1,8 +1,7 @@
 """Memory that kernels read and write, and what surrounds their calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,18 +128,34 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def differentiable_gradients(o: Tensor, inputs: Sequence[Tensor | None], do: Tensor) -> list[Tensor | None]:
-    """Return the gradients of those inputs that want one, None for others, so that they have gradients themselves."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+def present(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Return tensors as an operator does, which has an empty one like x in place of None."""
+    return tuple(x.new_empty(0) if one is None else one for one in tensors)
 
 
-def apart(x: Tensor | None) -> Tensor | None:
-    """Return a tensor that no other depends on, for gradients that are those of an operator's arguments alone."""
-    return None if x is None else x.view_as(x)
+def eager_gradients(
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Projection, do: Tensor, *others: Tensor | None
+) -> list[Tensor | None]:
+    """Differentiate the eager formula, so that the gradients have gradients themselves.
 
+    A backward function may be called within autocast, which the forward one has left.
 
-def no_autocast(x: Tensor) -> Any:
-    """Return a block without autocast: a backward function may be called within it; the forward one has left it."""
-    return torch.autocast(x.device.type, enabled=False)
+    Args:
+        formula: of queries, keys and values, (B, H, N, D) each.
+        inputs: what the output is made of.
+        do: gradient of the output, which is packed if the inputs are.
+        others: what the formula depends on besides.
+
+    Returns:
+        The gradients of the inputs' x, k and v and of the others; None for those that want none.
+    """
+    x, heads, k, v = inputs
+    x, k, v = x.view_as(x), *(None if i is None else i.view_as(i) for i in (k, v))  # one may depend on another
+    with torch.autocast(do.device.type, enabled=False):
+        o = formula(*Projection(x, heads, k, v).parts())
+        if k is None:
+            o = o.transpose(1, 2).flatten(2)
+        sources = [x, k, v, *others]
+        wanted = [one for one in sources if one is not None and one.requires_grad]
+        found = iter(torch.autograd.grad(o, wanted, do, create_graph=True))
+    return [next(found) if one is not None and one.requires_grad else None for one in sources]

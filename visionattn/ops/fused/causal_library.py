@@ -13,7 +13,7 @@ from torch import Tensor
 from visionattn.ops import positive, scan
 from visionattn.ops.fused import causal as kernels
 from visionattn.ops.fused import causal_gradients
-from visionattn.ops.fused.buffers import differentiable_gradients, gradients_for, no_autocast, output_for, padded
+from visionattn.ops.fused.buffers import eager_gradients, gradients_for, output_for, padded
 from visionattn.ops.fused.launch import Launch, Option, aligned, on, plain
 from visionattn.ops.fused.library import KINDS
 from visionattn.ops.fused.maps import FeatureMap
@@ -293,11 +293,12 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, saved: Any, kind: st
 
 def _eager_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, kind: str) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    inputs = q, k, v = [x.view_as(x) for x in (q, k, v)]  # one may depend on another
     logs = FeatureMap(kind).logs
-    with no_autocast(do):
-        o = scan.causal(positive, logs(q), logs(k).clamp(min=kernels.NEVER.value), v)
-        return differentiable_gradients(o, inputs, do)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scan.causal(positive, logs(q), logs(k).clamp(min=kernels.NEVER.value), v)
+
+    return eager_gradients(formula, _together(q, k, v), do)
 
 
 def _operate(q: Tensor, k: Tensor, v: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -18,17 +18,16 @@ from visionattn.ops.fused import projected_library
 from visionattn.ops.fused.buffers import (
     Memory,
     View,
-    apart,
     by_heads,
     carve,
-    differentiable_gradients,
+    eager_gradients,
     gradients_for,
     mask_for,
     mask_strides,
-    no_autocast,
     output_for,
     padded,
     parts_of,
+    present,
 )
 from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
 from visionattn.ops.fused.maps import FeatureMap
@@ -306,15 +305,12 @@ def _flat(inputs: Projection) -> tuple[Tensor, Tensor | None, Tensor | None, int
 
 def _eager_gradients(inputs: Projection, keep: Tensor | None, features: FeatureMap, do: Tensor) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    x, heads, k, v = inputs
-    x, k, v = x.view_as(x), apart(k), apart(v)  # one may depend on another
     mask = None if keep is None else keep.unsqueeze(-1).bool()
-    with no_autocast(do):
-        q, keys, values = Projection(x, heads, k, v).parts()
-        o = positive.linear(features.logs(q), features.key_logs(keys), values, mask)
-        if k is None:
-            o = o.transpose(1, 2).flatten(2)
-        return differentiable_gradients(o, [x, k, v, features.shift], do)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return positive.linear(features.logs(q), features.key_logs(k), v, mask)
+
+    return eager_gradients(formula, inputs, do, features.shift)
 
 
 def _operate(
@@ -349,21 +345,19 @@ def _forward_shapes(
 
 def _operate_backward(
     x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *features, o, do, state = rest
     (dx, _, dk, dv), dshift = _launch_backward(Projection(x, heads, k, v), keep, _map(features), o, do, state)
-    nothing = [x.new_empty(0) for _ in range(3)]
-    found = [one if one is not None else other for one, other in zip((dk, dv, dshift), nothing, strict=True)]
-    return dx, found[0], found[1], found[2]
+    return present(x, dx, dk, dv, dshift)
 
 
 def _backward_shapes(
     x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, keep: Any, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dx, _, dk, dv = gradients_for(Projection(x, heads, k, v))
     shift = _map(rest[:-3]).shift
-    dshift = x.new_empty(0) if shift is None else shift.new_empty(shift.shape, dtype=torch.float32)
-    return dx, x.new_empty(0) if dk is None else dk, x.new_empty(0) if dv is None else dv, dshift
+    dshift = None if shift is None else shift.new_empty(shift.shape, dtype=torch.float32)
+    return present(x, dx, dk, dv, dshift)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -14,16 +14,15 @@ from visionattn.ops import distance, ela_direction, signed
 from visionattn.ops.fused import moments as kernels
 from visionattn.ops.fused.buffers import (
     Memory,
-    apart,
     by_heads,
-    differentiable_gradients,
+    eager_gradients,
     gradients_for,
     mask_for,
     mask_strides,
-    no_autocast,
     output_for,
     padded,
     parts_of,
+    present,
 )
 from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
 from visionattn.ops.fused.operators import operator
@@ -206,18 +205,14 @@ def _gradients(
 
 def _eager_gradients(inputs: Projection, keep: Tensor | None, kind: str, do: Tensor) -> list[Tensor | None]:
     """Differentiate the eager formula, differentiably."""
-    x, heads, k, v = inputs
-    x, k, v = x.view_as(x), apart(k), apart(v)  # one may depend on another
     mask = None if keep is None else keep.unsqueeze(-1).bool()
-    with no_autocast(do):
-        q, keys, values = Projection(x, heads, k, v).parts()
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if kind == "direction":
-            o = signed.linear(ela_direction.query_features(q), ela_direction.key_features(keys), values, mask)
-        else:
-            o = distance.linear(q, -keys if kind == "diff" else keys, values, mask)
-        if k is None:
-            o = o.transpose(1, 2).flatten(2)
-        return differentiable_gradients(o, [x, k, v], do)
+            return signed.linear(ela_direction.query_features(q), ela_direction.key_features(k), v, mask)
+        return distance.linear(q, -k if kind == "diff" else k, v, mask)
+
+    return eager_gradients(formula, inputs, do)
 
 
 def _states(x: Tensor, width: int, value_width: int, count: int) -> Tensor:
@@ -250,18 +245,14 @@ def _operate_backward(
     kind: str,
     do: Tensor,
     state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _known(x, _launch_backward(Projection(x, heads, k, v), keep, kind, do, state))
+) -> tuple[Tensor, ...]:
+    dx, _, dk, dv = _launch_backward(Projection(x, heads, k, v), keep, kind, do, state)
+    return present(x, dx, dk, dv)
 
 
-def _backward_shapes(x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, *_: Any) -> tuple[Tensor, ...]:
-    return _known(x, gradients_for(Projection(x, heads, k, v)))
-
-
-def _known(x: Tensor, gradients: Projection) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients as an operator does, with nothing, for tensors that packed inputs do not have."""
-    dx, _, dk, dv = gradients
-    return dx, x.new_empty(0) if dk is None else dk, x.new_empty(0) if dv is None else dv
+def _backward_shapes(x: Tensor, k: Tensor | None, v: Tensor | None, heads: int, *rest: Any) -> tuple[Tensor, ...]:
+    dx, _, dk, dv = gradients_for(Projection(x, heads, k, v))
+    return present(x, dx, dk, dv)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
