@@ -14,6 +14,7 @@ from visionattn.errors import UnsupportedError
 from visionattn.ops import positive, switch
 from visionattn.ops.fused import FeatureMap, library, projected_library, softmax_features, yat_features
 from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, plan_projected, plan_projected_backward
+from visionattn.ops.fused.sizes import Sizes, sizes_of
 from visionattn.ops.packing import Projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,8 +244,8 @@ def test_launches_are_remembered_by_the_weights() -> None:
     assert weights is not None
     shifted = torch.empty(weights.numel() + 1, device=DEVICE)[1:].view_as(weights).copy_(weights)
 
-    def sizes(log_weights: Tensor | None) -> library.Sizes:
-        return library._sizes(Projection(q, 2, k, v), None, features._replace(log_weights=log_weights), False)[0]
+    def sizes(log_weights: Tensor | None) -> Sizes:
+        return sizes_of(Projection(q, 2, k, v), None, features._replace(log_weights=log_weights), False)[0]
 
     assert len({sizes(x) for x in (None, weights, weights.half(), shifted)}) == 4
     assert sizes(weights) == sizes(weights.clone())

@@ -28,9 +28,7 @@ import triton
 import triton.language as tl
 
 from visionattn.ops.fused.positive import ELU, EPSILON, RELU
-from visionattn.ops.fused.tiles import span
-
-NEVER: tl.constexpr = tl.constexpr(-1e30)
+from visionattn.ops.fused.tiles import NEVER, span
 
 
 @triton.jit

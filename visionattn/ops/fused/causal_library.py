@@ -18,6 +18,7 @@ from visionattn.ops.fused.launch import Launch, Option, aligned, on, plain
 from visionattn.ops.fused.library import KINDS
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.operators import operator
+from visionattn.ops.fused.tiles import NEVER
 from visionattn.ops.packing import Projection
 from visionattn.ops.precision import outcast
 
@@ -296,7 +297,7 @@ def _eager_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, kind: str) -> 
     logs = FeatureMap(kind).logs
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scan.causal(positive, logs(q), logs(k).clamp(min=kernels.NEVER.value), v)
+        return scan.causal(positive, logs(q), logs(k).clamp(min=NEVER.value), v)
 
     return eager_gradients(formula, _together(q, k, v), do)
 

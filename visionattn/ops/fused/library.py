@@ -16,23 +16,22 @@ from visionattn.ops import positive
 from visionattn.ops.fused import positive as kernels
 from visionattn.ops.fused import projected_library
 from visionattn.ops.fused.buffers import (
-    Memory,
     View,
     by_heads,
     carve,
     eager_gradients,
     gradients_for,
     mask_for,
-    mask_strides,
     output_for,
     padded,
     parts_of,
     present,
 )
-from visionattn.ops.fused.launch import Launch, Option, aligned, lowered, on, plain
+from visionattn.ops.fused.launch import Launch, Option, lowered, on, plain
 from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.operators import operator
 from visionattn.ops.fused.plan import Plan, plan_backward, plan_forward, smaller
+from visionattn.ops.fused.sizes import Sizes, sizes_of
 from visionattn.ops.packing import Projection
 
 KINDS = {
@@ -87,34 +86,6 @@ def _by_pieces(inputs: Projection, features: FeatureMap, keep: Tensor | None) ->
     return mixed.flatten(2) if inputs.k is None else mixed.transpose(1, 2)
 
 
-class Sizes(NamedTuple):
-    """What a launch needs to know of its inputs, and what it is remembered by.
-
-    Attributes:
-        queries: shape of the queries, (B, H, N, D).
-        width: of the values, E.
-        strides: of all inputs in order.
-        types: theirs, and the device's number.
-        bits: which tensors begin at a multiple of 16 bytes.
-        kind: of the map.
-        draws: shape of its draws, (R, H, M, D), or nothing.
-        banks: number of its anchors.
-        numbers: gains, priors and square.
-        flags: whether there is a warp and a mask, and whether the state is saved.
-    """
-
-    queries: tuple[int, ...]
-    width: int
-    strides: tuple[tuple[int, ...], ...]
-    types: tuple[Any, ...]
-    bits: int
-    kind: str
-    draws: tuple[int, ...]
-    banks: int
-    numbers: tuple[Any, ...]
-    flags: tuple[bool, ...]
-
-
 class Prepared(NamedTuple):
     """A launch with the sizes of the memory that it needs: those of its plan, and the padded F and E."""
 
@@ -122,27 +93,6 @@ class Prepared(NamedTuple):
     plan: Plan
     features: int
     values: int
-
-
-def _sizes(
-    inputs: Projection, keep: Tensor | None, features: FeatureMap, save: bool, *others: Memory
-) -> tuple[Sizes, tuple[Memory, Memory, Memory]]:
-    """Return the sizes of a call, and queries, keys and values; ``others`` is further memory of any strides."""
-    kind, *tensors, gains, priors, square = features
-    draws, bank, shift, _ = tensors
-    q, k, v = parts = parts_of(inputs)
-    return Sizes(
-        q.shape,
-        v.shape[-1],
-        (q.stride(), k.stride(), v.stride(), mask_strides(keep), *[x.stride() for x in others]),
-        (q.dtype, v.dtype, inputs.x.device.index, *[None if x is None else x.dtype for x in tensors]),
-        aligned(q, k, v, keep, *tensors, *others),
-        kind,
-        () if draws is None else draws.shape,
-        1 if bank is None else len(bank),
-        (gains, priors, square),
-        (shift is not None, keep is not None, save),
-    ), parts
 
 
 def _constants(sizes: Sizes) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -192,7 +142,7 @@ def _launch_forward(
     inputs: Projection, keep: Tensor | None, features: FeatureMap, save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output and, if it is saved, the state of all heads."""
-    sizes, (q, k, v) = _sizes(inputs, keep, features, save)
+    sizes, (q, k, v) = sizes_of(inputs, keep, features, save)
     if features.draws is not None:
         return projected_library.launch_forward(inputs, sizes, (q, k, v), keep, features)
     launch, plan, F, E = _prepared_forward(sizes)
@@ -229,10 +179,10 @@ def _launch_backward(
     upstream = by_heads(do, inputs)
     if o is not None:
         output = by_heads(o, inputs)
-        sizes, parts = _sizes(inputs, keep, features, True, output, upstream, dq, dv)
+        sizes, parts = sizes_of(inputs, keep, features, True, output, upstream, dq, dv)
         others = output, upstream, dq, dk, dv
         return gradients, projected_library.launch_backward(inputs, sizes, parts, keep, features, others, state)
-    sizes, (q, k, v) = _sizes(inputs, keep, features, True, upstream, dq, dv)
+    sizes, (q, k, v) = sizes_of(inputs, keep, features, True, upstream, dq, dv)
     launch, plan, F, E = _prepared_backward(sizes)
     x, (B, H, _, _) = inputs.x, sizes.queries
     slots, stats = _state(state, B * H, F, E)

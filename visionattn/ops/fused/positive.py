@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 
 from visionattn.ops.fused.tiles import (
+    LOG2E,
+    NEVER,
     arrive,
+    fill_slots,
     load_columns,
     load_mask,
     load_matrix,
@@ -29,8 +32,6 @@ EXP: tl.constexpr = tl.constexpr(0)
 ELU: tl.constexpr = tl.constexpr(1)
 RELU: tl.constexpr = tl.constexpr(2)
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-NEVER: tl.constexpr = tl.constexpr(-1e30)
 EPSILON: tl.constexpr = tl.constexpr(1e-6)
 
 
@@ -70,20 +71,7 @@ def _gather_block(
     x = load_columns(k, at, stop, skn, skd, WIDTH, BLOCK, D, EDGE)
     y = load_rows(v, at, stop, svn, svd, VALUE_WIDTH, BLOCK, E, EDGE)
     z = _logs(x, MAP)
-    if MASKED:
-        kept = load_mask(keep, at, stop, smn, BLOCK)
-        y = tl.where(kept[:, None], y, 0.0)
-        z = tl.where(kept[None, :], z, NEVER)
-    elif EDGE:
-        z = tl.where((at + tl.arange(0, BLOCK) < stop)[None, :], z, NEVER)
-    above = tl.maximum(top, tl.max(z, 1))
-    weights = tl.exp2(z - above[:, None])
-    if MASKED:  # where no key is kept yet, all logarithms are equal
-        weights = tl.where(kept[None, :], weights, 0.0)
-    fade = tl.exp2(top - above)
-    mass = mass * fade + tl.sum(weights, 1)
-    slots = tl.dot(weights.to(y.dtype), y, slots * fade[:, None], input_precision=P)
-    return above, mass, slots
+    return fill_slots(z, y, keep, at, stop, smn, top, mass, slots, BLOCK, MASKED, P, EDGE)
 
 
 @triton.jit

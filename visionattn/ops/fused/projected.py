@@ -18,7 +18,10 @@ import triton
 import triton.language as tl
 
 from visionattn.ops.fused.tiles import (
+    LOG2E,
+    NEVER,
     arrive,
+    fill_slots,
     load_mask,
     load_matrix,
     load_rows,
@@ -31,8 +34,6 @@ from visionattn.ops.fused.tiles import (
 RANDOM: tl.constexpr = tl.constexpr(0)
 SPHERE: tl.constexpr = tl.constexpr(1)
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-NEVER: tl.constexpr = tl.constexpr(-1e30)
 EPSILON: tl.constexpr = tl.constexpr(1e-6)
 FLOOR: tl.constexpr = tl.constexpr(1e-20)
 
@@ -292,20 +293,7 @@ def _gather_block(
     z = _column_logs(high, low, size, t_high, t_low, draws, spread, gain, MAP, FINE, P)
     if MAP == RANDOM:
         z -= size[None, :]
-    if MASKED:
-        kept = load_mask(keep, at, stop, smn, BLOCK)
-        y = tl.where(kept[:, None], y, 0.0)
-        z = tl.where(kept[None, :], z, NEVER)
-    elif EDGE:
-        z = tl.where((at + tl.arange(0, BLOCK) < stop)[None, :], z, NEVER)
-    above = tl.maximum(top, tl.max(z, 1))
-    weights = tl.exp2(z - above[:, None])
-    if MASKED:  # where no key is kept yet, all logarithms are equal
-        weights = tl.where(kept[None, :], weights, 0.0)
-    fade = tl.exp2(top - above)
-    mass = mass * fade + tl.sum(weights, 1)
-    slots = tl.dot(weights.to(y.dtype), y, slots * fade[:, None], input_precision=P)
-    return above, mass, slots
+    return fill_slots(z, y, keep, at, stop, smn, top, mass, slots, BLOCK, MASKED, P, EDGE)
 
 
 @triton.jit
@@ -402,6 +390,17 @@ def _answer_block(
 
 
 @triton.jit
+def _share(item, heads, chunks, tokens, units, BLOCK: tl.constexpr):
+    """Return a program's head, of all images, its image, head of the image, part of the head, and the tokens of it.
+
+    There are as many parts as chunks times units, those of a chunk side by side.
+    """
+    head, part = place(item, heads, units * chunks)
+    start, stop = span(part // units, chunks, tokens, BLOCK)
+    return head, (head // heads).to(tl.int64), head % heads, part, start, stop
+
+
+@triton.jit
 def _gather(
     item, k, v, keep, draws_in, bank_in, shift_in, weights_in, slots_out, stats, parts, tips, flags,
     gains, priors, square, draws_each, banks, skb, skh, skn, skd, svb, svh, svn, svd, smb, smh, smn,
@@ -413,10 +412,8 @@ def _gather(
     """Fill a unit's slots with a chunk of keys and values; the last chunk of a unit joins all."""
     dtype: tl.constexpr = v.dtype.element_ty
     units = F // UNIT
-    head, part = place(item, heads, units * chunks)
-    b, h = (head // heads).to(tl.int64), head % heads
+    head, b, h, part, start, stop = _share(item, heads, chunks, tokens, units, BLOCK)
     first, part = part % units * UNIT, part // units
-    start, stop = span(part, chunks, tokens, BLOCK)
     k += b * skb + h * skh
     v += b * svb + h * svh
     if MASKED:
@@ -465,9 +462,7 @@ def _answer(
     P: tl.constexpr,
 ):  # fmt: skip
     """Read the slots by a chunk of queries."""
-    head, part = place(item, heads, readers)
-    b, h = (head // heads).to(tl.int64), head % heads
-    start, stop = span(part, readers, tokens, BLOCK)
+    head, b, h, _, start, stop = _share(item, heads, readers, tokens, 1, BLOCK)
     q += b * sqb + h * sqh
     o += b * sob + h * soh
     level = stats + (2 * count + head) * F
@@ -694,9 +689,7 @@ def _queries(
     MAP: tl.constexpr, WARPED: tl.constexpr, HOLD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a chunk of queries."""
-    head, part = place(item, heads, readers)
-    b, h = (head // heads).to(tl.int64), head % heads
-    start, stop = span(part, readers, tokens, BLOCK)
+    head, b, h, _, start, stop = _share(item, heads, readers, tokens, 1, BLOCK)
     q += b * sqb + h * sqh
     o += b * sob + h * soh
     do += b * sgb + h * sgh
@@ -729,10 +722,8 @@ def _units(
     """Take the gradient of a unit's slots from a chunk of queries; the last chunk of a unit joins all."""
     dtype: tl.constexpr = dslots_out.dtype.element_ty
     units = F // UNIT
-    head, part = place(item, heads, units * chunks)
-    b, h = (head // heads).to(tl.int64), head % heads
+    head, b, h, part, start, stop = _share(item, heads, chunks, tokens, units, BLOCK)
     first, part = part % units * UNIT, part // units
-    start, stop = span(part, chunks, tokens, BLOCK)
     q += b * sqb + h * sqh
     do += b * sgb + h * sgh
     pulls = lifts + count * chunks * F
@@ -777,9 +768,7 @@ def _keys(
 ):  # fmt: skip
     """Store the gradients of a chunk of keys and values."""
     dtype: tl.constexpr = v.dtype.element_ty
-    head, part = place(item, heads, readers)
-    b, h = (head // heads).to(tl.int64), head % heads
-    start, stop = span(part, readers, tokens, BLOCK)
+    head, b, h, _, start, stop = _share(item, heads, readers, tokens, 1, BLOCK)
     k += b * skb + h * skh
     v += b * svb + h * svh
     dk += b * sdb + h * sdh

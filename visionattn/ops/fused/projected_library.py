@@ -1,11 +1,9 @@
 """Launches of the kernels of projected feature maps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +11,13 @@ from torch import Tensor
 from visionattn.ops.fused import projected as kernels
 from visionattn.ops.fused.buffers import Memory, View, carve, output_for, padded
 from visionattn.ops.fused.launch import Launch, Option, lowered, on
+from visionattn.ops.fused.maps import FeatureMap
 from visionattn.ops.fused.plan import Plan, plan_projected, plan_projected_backward, smaller
-
-if TYPE_CHECKING:
-    from visionattn.ops.fused.library import Sizes
-    from visionattn.ops.fused.maps import FeatureMap
-    from visionattn.ops.packing import Projection
+from visionattn.ops.fused.sizes import Sizes
+from visionattn.ops.fused.tiles import LOG2E
+from visionattn.ops.packing import Projection
 
 KINDS = {"random": kernels.RANDOM.value, "sphere": kernels.SPHERE.value}
-
-LOG2E = kernels.LOG2E.value
 
 
 class Prepared(NamedTuple):
@@ -45,7 +40,7 @@ def _constants(sizes: Sizes) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
 
 def _scaled(values: tuple[float, ...]) -> tuple[float, ...]:
     """Return natural logarithms as logarithms to base 2."""
-    return tuple(LOG2E * x for x in values)
+    return tuple(LOG2E.value * x for x in values)
 
 
 def _plain(sizes: Sizes) -> bool:
@@ -63,7 +58,7 @@ def _prepared_forward(sizes: Sizes) -> Prepared:
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), _scaled(priors), LOG2E * square, sizes.draws[2], sizes.banks),
+            *(_scaled(gains), _scaled(priors), LOG2E.value * square, sizes.draws[2], sizes.banks),
             *(*strides, H, N, B * H, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.unit, plan.tile, plan.stages, KINDS[sizes.kind]),
             *(warped, masked, plan.whole, save, plan.hold, "ieee"),
@@ -83,7 +78,7 @@ def _prepared_backward(sizes: Sizes) -> Prepared:
     options = []
     for plan in smaller(best):
         arguments = (
-            *(_scaled(gains), LOG2E * square, sizes.draws[2], sizes.banks),
+            *(_scaled(gains), LOG2E.value * square, sizes.draws[2], sizes.banks),
             *(*strides, H, N, B * H, plan.chunks, plan.readers),
             *(*constants, plan.block, plan.query_block, plan.unit, plan.tile, plan.stages, KINDS[sizes.kind]),
             *(warped, masked, plan.hold, "ieee"),

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+NEVER: tl.constexpr = tl.constexpr(-1e30)
+"""Stands for the logarithm of zero: finite, so that the difference of two of them is defined."""
+
 
 @triton.jit
 def inside_tile(at, stop, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr):
@@ -50,6 +54,31 @@ def load_mask(base, at, stop, stride_n, BLOCK: tl.constexpr):
     """Return which of BLOCK tokens are kept, (BLOCK,); those that do not exist are not."""
     n = at + tl.arange(0, BLOCK)
     return tl.load(base + n.to(tl.int64) * stride_n, mask=n < stop, other=0) != 0
+
+
+@triton.jit
+def fill_slots(
+    z, y, keep, at, stop, stride_n, top, mass, slots,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, P: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Take a block of keys, z of (F, BLOCK), and their values, (BLOCK, E), into slots (F, E), by an online maximum.
+
+    ``top`` is the maximum of z so far, and ``mass`` the sum of ``exp2(z - top)``, (F,).
+    """
+    if MASKED:
+        kept = load_mask(keep, at, stop, stride_n, BLOCK)
+        y = tl.where(kept[:, None], y, 0.0)
+        z = tl.where(kept[None, :], z, NEVER)
+    elif EDGE:
+        z = tl.where((at + tl.arange(0, BLOCK) < stop)[None, :], z, NEVER)
+    above = tl.maximum(top, tl.max(z, 1))
+    weights = tl.exp2(z - above[:, None])
+    if MASKED:  # where no key is kept yet, all logarithms are equal
+        weights = tl.where(kept[None, :], weights, 0.0)
+    fade = tl.exp2(top - above)
+    mass = mass * fade + tl.sum(weights, 1)
+    slots = tl.dot(weights.to(y.dtype), y, slots * fade[:, None], input_precision=P)
+    return above, mass, slots
 
 
 @triton.jit
